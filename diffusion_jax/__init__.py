@@ -1,0 +1,42 @@
+"""Denoising diffusion as pure functions: noise schedules, the loss, and every sampler as a table of affine steps."""
+
+from diffusion_jax.diffusion import convert, diffusion_loss, make_denoiser, posterior, q_sample
+from diffusion_jax.mlp import MLP
+from diffusion_jax.sampling import SamplerTable, ancestral_table, ddim_table, sample, sample_trajectory
+from diffusion_jax.schedules import NoiseSchedule, cosine_schedule, linear_schedule, schedule_from_beta
+from diffusion_jax.training import (
+    TrainState,
+    adam_with_cosine_decay,
+    create_train_state,
+    example_keys,
+    over_devices,
+    train_step,
+)
+from diffusion_jax.unet import UNet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "NoiseSchedule",
+    "SamplerTable",
+    "TrainState",
+    "UNet",
+    "adam_with_cosine_decay",
+    "ancestral_table",
+    "convert",
+    "cosine_schedule",
+    "create_train_state",
+    "ddim_table",
+    "diffusion_loss",
+    "example_keys",
+    "linear_schedule",
+    "make_denoiser",
+    "over_devices",
+    "posterior",
+    "q_sample",
+    "sample",
+    "sample_trajectory",
+    "schedule_from_beta",
+    "train_step",
+]

@@ -1,0 +1,178 @@
+"""Data sets of small grey images as arrays in memory, and the batch of each training step.
+
+Reading and preparing go through TFDS without TensorFlow.
+"""
+
+import gzip
+import io
+import os
+import struct
+import threading
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+DatasetName = Literal["auto", "mnist", "fashion_mnist", "digits"]
+SECONDS_TO_REACH = 8.0
+
+
+class ImageData(NamedTuple):
+    """The training split: `name` says which data set this is, never "auto"."""
+
+    name: str
+    images: UInt8[np.ndarray, "N 28 28 1"]
+    labels: Int[np.ndarray, " N"]
+
+
+class DataUnavailable(Exception):
+    """The data set is not prepared here and cannot be downloaded; the message says why."""
+
+
+def load_dataset(name: DatasetName = "auto", data_dir: str | Path | None = None) -> ImageData:
+    """The training images of "mnist", "fashion_mnist" or "digits" (scikit-learn's, embedded, enlarged to 28x28).
+
+    The first two are read from the TFDS directory `data_dir` (default: TFDS's own) and prepared there first if need be. "auto"
+    is "mnist", or with one warning "digits" where MNIST is neither prepared nor within reach; any other name means exactly
+    that data set, or DataUnavailable.
+    """
+    if name == "digits":
+        return _embedded_digits()
+    try:
+        return _load_tfds("mnist" if name == "auto" else name, data_dir)
+    except DataUnavailable as reason:
+        if name != "auto":
+            raise
+        warnings.warn(f"training on scikit-learn's 1,797 digits instead of MNIST: {reason}", stacklevel=2)
+        return _embedded_digits()
+
+
+def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int[np.ndarray, " batch_size"]:
+    """Which examples make up the batch of `step`: each epoch is a fresh permutation, a pure function of (seed, epoch)."""
+    epochs, offsets = np.divmod(step * batch_size + np.arange(batch_size), num_examples)
+    indices = np.empty(batch_size, np.int32)
+    for epoch in np.unique(epochs):
+        indices[epochs == epoch] = _permutation(seed, int(epoch), num_examples)[offsets[epochs == epoch]]
+    return indices
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def to_model_input(images: UInt8[Array, "B 28 28 1"]) -> Float[Array, "B 32 32 1"]:
+    """Pad to 32x32, which halves five times, and scale 0..255 to [-1, 1]."""
+    padded = jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    return padded.astype(jnp.float32) / 127.5 - 1
+
+
+def _embedded_digits() -> ImageData:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.zeros((len(digits.images), 28, 28, 1), np.uint8)
+    for image, small in zip(images, digits.images, strict=True):
+        large = Image.fromarray((small * 255 / 16).astype(np.uint8)).resize((20, 20), Image.Resampling.BICUBIC)
+        image[4:24, 4:24, 0] = np.asarray(large)
+    return ImageData("digits", images, digits.target.astype(np.int32))
+
+
+def _load_tfds(name: str, data_dir: str | Path | None) -> ImageData:
+    import tensorflow_datasets as tfds
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+    data_dir = os.path.expanduser(data_dir or tfds.core.constants.DATA_PATH)
+    prepared = _tensorflow_free_builder(name)(data_dir=data_dir)
+    if not Path(prepared.data_path).exists():
+        if problem := _why_unreachable(prepared.URL):
+            raise DataUnavailable(f"{name} is not prepared in {data_dir} and cannot be downloaded ({problem})")
+        try:
+            prepared = _tensorflow_free_builder(name)(data_dir=data_dir, file_format="array_record")
+            prepared.download_and_prepare()
+        except Exception as problem:
+            raise DataUnavailable(f"{name} could not be prepared in {data_dir} ({problem})") from problem
+    examples = _read_examples(prepared)
+    return ImageData(
+        name, np.stack([e["image"] for e in examples]), np.array([e["label"] for e in examples], np.int32)
+    )
+
+
+def _read_examples(builder) -> list[dict]:
+    """The training split, whether TFDS wrote it as array_record or, its default, as TFRecord (which its data_source can't read)."""
+    split = builder.info.splits["train"]
+    if builder.info.file_format.value != "tfrecord":
+        return builder.as_data_source("train").__getitems__(range(split.num_examples))
+    records = (record for path in split.filepaths for record in _read_tfrecords(path))
+    return [builder.info.features.deserialize_example_np(record) for record in records]
+
+
+def _read_tfrecords(path: str | Path) -> Iterator[bytes]:
+    """The records of a TFRecord file: the length as a little-endian uint64, its checksum, the record, its checksum."""
+    content, start = Path(path).read_bytes(), 0
+    while start < len(content):
+        (length,) = struct.unpack_from("<Q", content, start)
+        yield content[start + 12 : start + 12 + length]
+        start += 12 + length + 4
+
+
+def _tensorflow_free_builder(name: str):
+    """TFDS's own builder, except that it unpacks the four files with NumPy: TFDS's way imports TensorFlow."""
+    import tensorflow_datasets as tfds
+    from PIL import Image
+    from tensorflow_datasets.image_classification import mnist
+
+    def png(image: np.ndarray) -> io.BytesIO:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        file.seek(0)
+        return file
+
+    def split_generators(self, downloads):
+        files = {split: [f"{self.URL}{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+                 for split, prefix in (("train", "train"), ("test", "t10k"))}
+        return {split: self._generate_examples(*paths) for split, paths in downloads.download(files).items()}
+
+    def generate_examples(self, images_path, labels_path):
+        for number, (image, label) in enumerate(zip(_read_idx(images_path), _read_idx(labels_path), strict=True)):
+            yield number, {"image": png(image), "label": int(label)}
+
+    original = {"mnist": mnist.MNIST, "fashion_mnist": mnist.FashionMNIST}[name]
+    with tfds.core.registered.skip_registration():
+        return type(original.__name__, (original,), {
+            "name": name, "_split_generators": split_generators, "_generate_examples": generate_examples,
+        })
+
+
+def _read_idx(path: str | Path) -> UInt8[np.ndarray, "..."]:
+    """An array in the IDX format: two zero bytes, 8 for uint8, the rank, the big-endian sizes, the values."""
+    content = gzip.decompress(Path(path).read_bytes())
+    rank = content[3]
+    shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _why_unreachable(url: str) -> str | None:
+    """None if `url`'s host answers within seconds; TFDS alone would retry for minutes."""
+    problem: list[str | None] = ["no answer"]
+
+    def probe():
+        try:
+            request = urllib.request.Request(f"{url}train-labels-idx1-ubyte.gz", method="HEAD")
+            urllib.request.urlopen(request, timeout=SECONDS_TO_REACH)
+            problem[0] = None
+        except OSError as error:
+            problem[0] = str(error)
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(SECONDS_TO_REACH)
+    return problem[0]

@@ -1,0 +1,161 @@
+"""The diffusion process as pure functions: noising, what a network may predict, the training loss, the posterior.
+
+With a = sqrt(alpha_bar_t) and s = sqrt(1 - alpha_bar_t), a^2 + s^2 = 1, noising the data x_0 is affine:
+
+    x_t = a x_0 + s eps,  eps ~ N(0, I)                                             (4)  [Ho et al. 2020, eq. 4]
+
+A network sees x_t and t and predicts x_0, eps or the velocity
+
+    v = a eps - s x_0                                                               (5)  [Salimans & Ho 2022, sec. 4]
+
+Given x_t, each of the three determines the others: solving (4) and (5),
+
+    x_0 = (x_t - s eps) / a  =  a x_t - s v                                         (6)
+    eps = (x_t - a x_0) / s  =  s x_t + a v                                         (7)
+    v   = (a x_t - x_0) / s  =  (eps - s x_t) / a                                   (8)
+
+Training minimizes the distance of the prediction to its target, at t uniform on 1..T [Ho et al. 2020, eq. 14].
+Given both ends, x at an earlier time s < t is Gaussian as well [Ho et al. 2020, eqs. 6-7, there for s = t - 1]:
+
+    beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s                                      (9)
+    q(x_s | x_t, x_0) = N(k x_t + m x_0, w I)                                       (10)
+      k = sqrt(alpha_bar_t / alpha_bar_s) (1 - alpha_bar_s) / (1 - alpha_bar_t)
+      m = sqrt(alpha_bar_s) beta_{t|s} / (1 - alpha_bar_t)
+      w = beta_{t|s} (1 - alpha_bar_s) / (1 - alpha_bar_t)
+
+Arrays are [B, *shape] with any shape; t is [B]. A timestep outside 0..T is clamped to it by JAX's indexing.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from diffusion_jax.schedules import NoiseSchedule
+
+TargetType = Literal["pred_x_0", "pred_eps", "pred_v"]
+LossType = Literal["l2", "l1"]
+Predict = Callable[[Array, Array], Array]
+"""A network: predict(x_t, t) -> its target, of x_t's shape."""
+Denoise = Callable[[Array, Array], Array]
+"""denoise(x_t, t) -> x_0_hat, whatever the network underneath predicts."""
+
+
+def q_sample(
+    schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], t: Int[Array, " B"], eps: Float[Array, "B *shape"]
+) -> Float[Array, "B *shape"]:
+    """x_t, the data x_0 noised to time t with the standard normal `eps` (eq. 4)."""
+    a, s = _signal_and_noise(schedule, t, x_0.ndim)
+    return a * x_0 + s * eps
+
+
+_CONVERSIONS = {  # (from, to): eqs. 6-8
+    ("pred_eps", "pred_x_0"): lambda x_t, eps, a, s: (x_t - s * eps) / a,
+    ("pred_v", "pred_x_0"): lambda x_t, v, a, s: a * x_t - s * v,
+    ("pred_x_0", "pred_eps"): lambda x_t, x_0, a, s: (x_t - a * x_0) / s,
+    ("pred_v", "pred_eps"): lambda x_t, v, a, s: s * x_t + a * v,
+    ("pred_x_0", "pred_v"): lambda x_t, x_0, a, s: (a * x_t - x_0) / s,
+    ("pred_eps", "pred_v"): lambda x_t, eps, a, s: (eps - s * x_t) / a,
+}
+
+
+def convert(
+    schedule: NoiseSchedule,
+    prediction: Float[Array, "B *shape"],
+    x_t: Float[Array, "B *shape"],
+    t: Int[Array, " B"],
+    from_type: str,
+    to_type: str,
+) -> Float[Array, "B *shape"]:
+    """The same prediction at x_t, told as another target type: "pred_x_0", "pred_eps" or "pred_v" (eqs. 6-8).
+
+    At t = 0 x_t is x_0 and says nothing of eps or v, so "pred_x_0" converts to NaN there.
+    Raises ValueError on an unknown type.
+    """
+    _check_choice("target_type", from_type, get_args(TargetType))
+    _check_choice("target_type", to_type, get_args(TargetType))
+    if from_type == to_type:
+        return prediction
+    a, s = _signal_and_noise(schedule, t, x_t.ndim)
+    return _CONVERSIONS[from_type, to_type](x_t, prediction, a, s)
+
+
+def make_denoiser(
+    schedule: NoiseSchedule, predict: Predict, target_type: str = "pred_eps", clip: float | None = None
+) -> Denoise:
+    """denoise(x_t, t) -> x_0_hat from a network that predicts `target_type` (eq. 6).
+
+    `clip` bounds x_0_hat to [-clip, clip], in the units of the data; right for images scaled to [-1, 1], and it keeps
+    pred_eps finite where eq. 6 divides by a ~ 1e-4. Raises ValueError on an unknown type.
+    """
+    _check_choice("target_type", target_type, get_args(TargetType))
+
+    def denoise(x_t: Float[Array, "B *shape"], t: Int[Array, " B"]) -> Float[Array, "B *shape"]:
+        x_0_hat = convert(schedule, predict(x_t, t), x_t, t, target_type, "pred_x_0")
+        return x_0_hat if clip is None else jnp.clip(x_0_hat, -clip, clip)
+
+    return denoise
+
+
+def diffusion_loss(
+    schedule: NoiseSchedule,
+    predict: Predict,
+    x_0: Float[Array, "B *shape"],
+    keys: Key[Array, " B"],
+    target_type: str = "pred_eps",
+    loss_type: str = "l2",
+) -> Float[Array, "B *shape"]:
+    """The unreduced training loss of each example, at its own t ~ Uniform{1..T} and eps ~ N(0, I) [Ho et al. 2020, eq. 14].
+
+    "l2" is half the squared error, "l1" the absolute error, per element and unweighted. Each example's t and eps come from
+    its own key, so they do not depend on which batch or device it is in. Raises ValueError on an unknown type.
+    """
+    _check_choice("target_type", target_type, get_args(TargetType))
+    _check_choice("loss_type", loss_type, get_args(LossType))
+    t_keys, eps_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    t = jax.vmap(lambda key: jax.random.randint(key, (), 1, schedule.num_timesteps + 1))(t_keys)
+    eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], x_0.dtype))(eps_keys)
+    x_t = q_sample(schedule, x_0, t, eps)
+    target = x_0 if target_type == "pred_x_0" else convert(schedule, eps, x_t, t, "pred_eps", target_type)
+    error = predict(x_t, t) - target
+    return error**2 / 2 if loss_type == "l2" else jnp.abs(error)
+
+
+def posterior_coefficients(
+    schedule: NoiseSchedule, t: Int[np.ndarray, " S"], s: Int[np.ndarray, " S"]
+) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+    """k, m and w of q(x_s | x_t, x_0) = N(k x_t + m x_0, w I) for 0 <= s < t <= T, in float64 (eq. 10)."""
+    alpha_bar_t, alpha_bar_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
+    var_t, var_s = schedule.sqrt_one_minus_alpha_bar[t] ** 2, schedule.sqrt_one_minus_alpha_bar[s] ** 2
+    beta = 1 - alpha_bar_t / alpha_bar_s
+    return (
+        np.sqrt(alpha_bar_t / alpha_bar_s) * var_s / var_t,
+        np.sqrt(alpha_bar_s) * beta / var_t,
+        beta * var_s / var_t,
+    )
+
+
+def posterior(
+    schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], t: Int[Array, " B"]
+) -> tuple[Float[Array, "B *shape"], Float[Array, " B"]]:
+    """Mean and variance of q(x_{t-1} | x_t, x_0) for t in 1..T (eq. 10 with s = t - 1)."""
+    times = np.arange(1, schedule.num_timesteps + 1)
+    k, m, w = (jnp.asarray(c)[t - 1] for c in posterior_coefficients(schedule, times, times - 1))
+    return _as_column(k, x_t.ndim) * x_t + _as_column(m, x_t.ndim) * x_0, w
+
+
+def _signal_and_noise(schedule: NoiseSchedule, t: Array, ndim: int) -> tuple[Array, Array]:
+    a, s = jnp.asarray(schedule.sqrt_alpha_bar)[t], jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[t]
+    return _as_column(a, ndim), _as_column(s, ndim)
+
+
+def _as_column(per_example: Array, ndim: int) -> Array:
+    return per_example.reshape(-1, *(1,) * (ndim - 1))
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

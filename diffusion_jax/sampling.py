@@ -1,0 +1,116 @@
+"""Sampling: every sampler is a table of affine steps, and one loop runs any of them.
+
+A sampler walks down timesteps T = t_S > ... > t_0 = 0. Each of its S steps goes from t to the next lower s:
+
+    x_0_hat = denoise(x_t, t)
+    x_s     = a x_t + b x_0_hat + c z,  z ~ N(0, I)                                 (11)
+
+and a, b, c are known before the network is called. The last step adds no noise: it ends at the mean, x_0_hat.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from diffusion_jax.diffusion import Denoise, _check_choice, posterior_coefficients
+from diffusion_jax.schedules import NoiseSchedule
+
+SigmaType = Literal["upper_bound", "lower_bound", "zero"]
+
+
+class SamplerTable(NamedTuple):
+    """The coefficients of eq. 11, a row a step, first step first; `t` is the timestep that the step leaves."""
+
+    t: Int[Array | np.ndarray, " S"]
+    a: Float[Array | np.ndarray, " S"]
+    b: Float[Array | np.ndarray, " S"]
+    c: Float[Array | np.ndarray, " S"]
+
+
+def strided_timesteps(num_timesteps: int, sampling_timesteps: int | None = None) -> Int[np.ndarray, " times"]:
+    """T = t_S > ... > t_0 = 0, evenly spaced up to rounding and strictly decreasing; all of 0..T if `sampling_timesteps` is None.
+
+    Raises ValueError unless 1 <= sampling_timesteps <= num_timesteps.
+    """
+    steps = num_timesteps if sampling_timesteps is None else sampling_timesteps
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"sampling_timesteps must be between 1 and num_timesteps = {num_timesteps}, got {steps}")
+    return np.rint(num_timesteps * np.arange(steps, -1, -1) / steps).astype(np.int32)
+
+
+def ancestral_table(
+    schedule: NoiseSchedule, sigma_type: str = "upper_bound", sampling_timesteps: int | None = None
+) -> SamplerTable:
+    """Ancestral sampling: the posterior (eq. 10) at x_0_hat, strided if `sampling_timesteps` < T [Ho et al. 2020, alg. 2].
+
+    `sigma_type` is the variance c^2: "upper_bound" is beta_{t|s}, right for x_0 ~ N(0, I); "lower_bound" is the posterior's own,
+    right for a single point x_0 [Ho et al. 2020, sec. 3.2]; "zero" takes the posterior's mean (which is not DDIM).
+    Raises ValueError on an unknown type or on `sampling_timesteps` outside 1..T.
+    """
+    _check_choice("sigma_type", sigma_type, get_args(SigmaType))
+    times = strided_timesteps(schedule.num_timesteps, sampling_timesteps)
+    t, s = times[:-1], times[1:]
+    k, m, w = posterior_coefficients(schedule, t, s)
+    beta = 1 - schedule.alpha_bar[t] / schedule.alpha_bar[s]
+    variance = {"upper_bound": beta, "lower_bound": w, "zero": np.zeros_like(w)}[sigma_type]
+    return SamplerTable(t, k, m, np.where(s > 0, np.sqrt(variance), 0.0))
+
+
+def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: int | None = None) -> SamplerTable:
+    """DDIM [Song et al. 2021, eqs. 12, 16]: deterministic at eta = 0, lower-bound ancestral sampling at eta = 1.
+
+        c = eta sqrt(w),   x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - c^2) eps_hat + c z
+
+    with eps_hat from eq. 7 and w from eq. 10. Raises ValueError on eta outside [0, 1] or `sampling_timesteps` outside 1..T.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, got {eta}")
+    times = strided_timesteps(schedule.num_timesteps, sampling_timesteps)
+    t, s = times[:-1], times[1:]
+    variance = eta**2 * posterior_coefficients(schedule, t, s)[2]
+    a = np.sqrt(schedule.sqrt_one_minus_alpha_bar[s] ** 2 - variance) / schedule.sqrt_one_minus_alpha_bar[t]
+    return SamplerTable(t, a, schedule.sqrt_alpha_bar[s] - a * schedule.sqrt_alpha_bar[t], np.sqrt(variance))
+
+
+def sample(
+    denoise: Denoise, table: SamplerTable, keys: Key[Array, " B"], shape: tuple[int, ...]
+) -> Float[Array, "B *shape"]:
+    """One x_0 of `shape` for each key, in memory that does not grow with the number of steps (eq. 11).
+
+    Sample i depends on keys[i] alone, whatever the batch size and the device count.
+    """
+    x_0, _ = jax.lax.scan(
+        lambda x_t, row: (_step(denoise, row, x_t, keys), None), _normal(keys, 0, shape), _on_device(table)
+    )
+    return x_0
+
+
+def sample_trajectory(
+    denoise: Denoise, table: SamplerTable, keys: Key[Array, " B"], shape: tuple[int, ...]
+) -> Float[Array, "times B *shape"]:
+    """The same samples as `sample` with every x_t on the way: index 0 is x_0, the last is the noise that it began with."""
+
+    def step(x_t, row):
+        x_s = _step(denoise, row, x_t, keys)
+        return x_s, x_s
+
+    noise = _normal(keys, 0, shape)
+    _, path = jax.lax.scan(step, noise, _on_device(table))
+    return jnp.concatenate([noise[None], path])[::-1]
+
+
+def _step(denoise: Denoise, row: SamplerTable, x_t: Array, keys: Array) -> Array:
+    x_0_hat = denoise(x_t, jnp.full(len(x_t), row.t))
+    return row.a * x_t + row.b * x_0_hat + row.c * _normal(keys, row.t, x_t.shape[1:])
+
+
+def _normal(keys: Array, t: int | Array, shape: tuple[int, ...]) -> Array:
+    """The noise of the step that leaves t; 0, which no step leaves, stands for the noise that sampling begins with."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
+
+
+def _on_device(table: SamplerTable) -> SamplerTable:
+    return SamplerTable(*map(jnp.asarray, table))

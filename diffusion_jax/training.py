@@ -1,0 +1,101 @@
+"""The training state, one training step, and the one place that knows how many devices there are."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+AXIS_NAME = "devices"
+
+
+class TrainState(train_state.TrainState):
+    """step, params and opt_state, with an exponential moving average of the parameters. Nothing else is needed to resume."""
+
+    ema_params: PyTree
+
+
+def create_train_state(apply_fn: Callable, params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. The average is a copy, so that both may be donated."""
+    ema_params = jax.tree.map(jnp.copy, params)
+    state = TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer, ema_params=ema_params)
+    return state.replace(step=jnp.zeros((), jnp.int32))
+
+
+def adam_with_cosine_decay(learning_rate: float, iterations: int) -> optax.GradientTransformation:
+    """Adam whose learning rate falls from `learning_rate` to 0 along a half cosine over `iterations` steps."""
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))
+
+
+def example_keys(key: Key[Array, ""], examples: Int[Array, " B"]) -> Key[Array, " B"]:
+    """A key for each example, from its number alone: the same whatever batch or device it falls in."""
+    return jax.vmap(lambda example: jax.random.fold_in(key, example))(examples)
+
+
+def train_step(
+    state: TrainState,
+    x_0: Float[Array, "B *shape"],
+    keys: Key[Array, " B"],
+    *,
+    loss_fn: Callable[[PyTree, Array, Array], Array],
+    ema_decay: float,
+    mean_over_devices: Callable[[Any], Any] = lambda tree: tree,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimizer step on the mean of `loss_fn(params, x_0, keys)`; returns the new state and its metrics.
+
+    The average follows with decay min(ema_decay, (1 + step) / (10 + step)), so that a short run is not held to its start.
+    """
+    loss, grads = jax.value_and_grad(lambda params: loss_fn(params, x_0, keys).mean())(state.params)
+    loss, grads = mean_over_devices((loss, grads))
+    state = state.apply_gradients(grads=grads)
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema_params = jax.tree.map(lambda ema, new: decay * ema + (1 - decay) * new, state.ema_params, state.params)
+    return state.replace(ema_params=ema_params), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+
+def over_devices(
+    fn: Callable, in_axes: tuple[int | None, ...], out_axes: int | None, num_devices: int = 1, donate_argnums: tuple[int, ...] = ()
+) -> Callable:
+    """Compile `fn`, with jit on one device or with pmap on several. Nothing else in the project knows which.
+
+    `fn` sees a slice of each argument whose `in_axes` is 0 and the whole of each whose `in_axes` is None. Its results are
+    joined along `out_axes`; where that is None they must be the same on every device, and to make them so `fn` is given
+    `mean_over_devices` as well. The compiled function takes and returns whole arrays, and raises ValueError where the length
+    of one to be sliced is not a multiple of `num_devices`.
+    """
+    if num_devices == 1:
+        fn = partial(fn, mean_over_devices=lambda tree: tree) if out_axes is None else fn
+        return jax.jit(fn, donate_argnums=donate_argnums)
+    pmean = partial(jax.lax.pmean, axis_name=AXIS_NAME)
+    mapped = jax.pmap(
+        partial(fn, mean_over_devices=pmean) if out_axes is None else fn,
+        axis_name=AXIS_NAME,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        devices=jax.local_devices()[:num_devices],
+        donate_argnums=donate_argnums,
+    )
+
+    def split(x):
+        check_divisible(len(x), num_devices)
+        return x.reshape(num_devices, -1, *x.shape[1:])
+
+    def join(axis, result):
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]), result)
+
+    def compiled(*args):
+        args = [arg if axis is None else jax.tree.map(split, arg) for arg, axis in zip(args, in_axes, strict=True)]
+        result = mapped(*args)
+        return result if out_axes is None else join(out_axes, result)
+
+    return compiled
+
+
+def check_divisible(batch_size: int, num_devices: int) -> None:
+    """Raise ValueError unless `num_devices` divides `batch_size`."""
+    if batch_size % num_devices:
+        raise ValueError(f"the batch size must be a multiple of the {num_devices} devices, got {batch_size}")

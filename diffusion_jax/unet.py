@@ -1,0 +1,126 @@
+"""The UNet of DDPM (Ho et al. 2020, app. B), sized for small images."""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from diffusion_jax.mlp import timestep_embedding
+
+MAX_GROUPS = 8
+MAX_HEADS = 8
+
+
+class UNet(nn.Module):
+    """f(x_t, t), an image of x_t's shape and float32.
+
+    Level i of `dim_scales` has two residual blocks on the way down and two on the way up, each with a skip between them, at
+    1 / 2^i of the resolution; between levels the width becomes embed_dim * dim_scales[i]. Self-attention sits in the middle,
+    and a long residual joins the first features to the last. `dtype` is what the layers compute in; parameters, normalization
+    statistics and the output are float32.
+
+    Raises ValueError if height or width is not a multiple of 2^(len(dim_scales) - 1).
+    """
+
+    in_dim: int
+    embed_dim: int
+    dim_scales: Sequence[int]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_t: Float[Array, "B H W C"], t: Int[Array, " B"]) -> Float[Array, "B H W C"]:
+        block = lambda features, name: ResidualBlock(features, self.dtype, name=name)  # noqa: E731
+        dense = lambda features, name: nn.Dense(features, dtype=self.dtype, name=name)  # noqa: E731
+        widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
+        levels = range(len(self.dim_scales))
+        check_halvings(x_t.shape[1:3], len(levels) - 1)
+
+        time = timestep_embedding(t, self.embed_dim)
+        time = nn.silu(dense(4 * self.embed_dim, "time_2")(nn.silu(dense(4 * self.embed_dim, "time_1")(time))))
+        x = first = dense(self.embed_dim, "stem")(x_t)
+
+        skips = []
+        for level in levels:
+            for number in (1, 2):
+                x = block(widths[level], f"down_{level}_block_{number}")(x, time)
+                skips.append(x)
+            if level < levels[-1]:
+                x = nn.Conv(widths[level + 1], (3, 3), 2, padding=1, dtype=self.dtype, name=f"down_{level}")(x)
+            else:
+                x = dense(widths[level + 1], f"down_{level}")(x)
+
+        x = block(widths[-1], "mid_block_1")(x, time)
+        x = SelfAttention(self.dtype, name="mid_attention")(x)
+        x = block(widths[-1], "mid_block_2")(x, time)
+
+        for level in reversed(levels):
+            for number in (1, 2):
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = block(widths[level + 1], f"up_{level}_block_{number}")(x, time)
+            if level > 0:
+                x = pixel_shuffle(dense(4 * widths[level], f"up_{level}")(x))
+            else:
+                x = dense(widths[0], "up_0")(x)
+
+        x = block(self.embed_dim, "out_block")(x + first, time)
+        x = nn.silu(norm(self.embed_dim, self.dtype, "out_norm")(x))
+        return nn.Dense(self.in_dim, kernel_init=nn.initializers.zeros, name="out")(x.astype(jnp.float32))
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))) + shift(time)))); the second convolution starts at zero, so the block at identity."""
+
+    features: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], time: Float[Array, "B E"]) -> Float[Array, "B H W features"]:
+        h = nn.silu(norm(x.shape[-1], self.dtype, "norm_1")(x))
+        h = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv_1")(h)
+        h = h + nn.Dense(self.features, dtype=self.dtype, name="shift")(time)[:, None, None, :]
+        h = nn.silu(norm(self.features, self.dtype, "norm_2")(h))
+        zeros = nn.initializers.zeros
+        h = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_2")(h)
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x)
+        return x + h
+
+
+class SelfAttention(nn.Module):
+    """x + attention(norm(x)) among all pixels, scaled by 1 / sqrt(head_dim) (Vaswani et al. 2017, eq. 1)."""
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        batch, height, width, channels = x.shape
+        heads = math.gcd(MAX_HEADS, channels)
+        h = norm(channels, self.dtype, "norm")(x).reshape(batch, height * width, channels)
+        qkv = nn.DenseGeneral((3, heads, channels // heads), dtype=self.dtype, name="qkv")(h)
+        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        h = nn.Dense(channels, dtype=self.dtype, name="out")(h.reshape(batch, height, width, channels))
+        return x + h
+
+
+def norm(channels: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
+    """Group normalization (Wu & He 2018) in up to 8 groups, with float32 statistics."""
+    return nn.GroupNorm(math.gcd(MAX_GROUPS, channels), dtype=dtype, name=name)
+
+
+def pixel_shuffle(x: Float[Array, "B H W 4*C"]) -> Float[Array, "B 2*H 2*W C"]:
+    """Twice the height and width from a quarter of the channels; after a 1x1 layer, a 2x2 transposed convolution of stride 2."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, 2, 2, channels // 4).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, 2 * height, 2 * width, channels // 4)
+
+
+def check_halvings(size: Sequence[int], halvings: int) -> None:
+    """Raise ValueError unless height and width can be halved that many times."""
+    if any(n % 2**halvings for n in size):
+        raise ValueError(
+            f"the UNet halves the image {halvings} times, so height and width must be multiples of {2**halvings}, "
+            f"got {'x'.join(map(str, size))}"
+        )

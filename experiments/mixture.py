@@ -1,0 +1,94 @@
+"""Diffuse a mixture of two Gaussians in the plane: T = 10 steps, a small MLP, under a minute on a CPU.
+
+python experiments/mixture.py
+"""
+
+import dataclasses
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from command_line import one_line_errors, parse_command_line, require
+from figures import save_mixture_figure, save_score_figure
+from jaxtyping import Array, Float, Key
+from workdir import open_workdir, train_in
+
+import diffusion_jax as dj
+from diffusion_jax.sampling import strided_timesteps
+
+NUM_SHOWN = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    iterations: int = 2000
+    batch_size: int = 512
+    num_timesteps: int = 10
+    fast_timesteps: int = 3
+    """Steps of the accelerated walk."""
+    embed_dim: int = 32
+    learning_rate: float = 2e-3
+    ema_decay: float = 0.99
+    seed: int = 0
+    workdir: str = "runs/mixture"
+    """Where the run is kept. The same command continues it."""
+    checkpoint_every: int = 1000
+
+
+def draw_mixture(key: Key[Array, ""]) -> Float[Array, " 2"]:
+    """A point of 1/2 N((-5, 0), I) + 1/2 N((5, 0), I), divided by its standard deviations sqrt(26) and 1."""
+    side_key, normal_key = jax.random.split(key)
+    centre = jnp.array([5.0, 0.0]) * jax.random.rademacher(side_key, (1,), float)
+    return (centre + jax.random.normal(normal_key, (2,))) / jnp.array([26**0.5, 1.0])
+
+
+def main() -> None:
+    with one_line_errors():
+        config = parse_command_line(Config(), __doc__ or "")
+        for name in ("iterations", "batch_size", "checkpoint_every"):
+            require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+        require(1 <= config.num_timesteps <= 10, "num_timesteps", config.num_timesteps, "between 1 and 10, what the figure has room for")
+        schedule = dj.linear_schedule(config.num_timesteps)
+        table = dj.ancestral_table(schedule)
+        fast_table = dj.ancestral_table(schedule, sampling_timesteps=config.fast_timesteps)
+        network = dj.MLP(in_dim=2, embed_dim=config.embed_dim)
+        init_key, train_key, sample_key, data_key = jax.random.split(jax.random.key(config.seed), 4)
+        params = network.init(init_key, jnp.zeros((1, 2)), jnp.ones(1, jnp.int32))["params"]
+        optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations)
+        state = dj.create_train_state(network.apply, params, optimizer)
+        workdir = open_workdir(config, may_differ={"workdir", "checkpoint_every"})
+
+    def loss_fn(params, x_0, keys):
+        return dj.diffusion_loss(schedule, partial(network.apply, {"params": params}), x_0, keys)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: dj.TrainState):
+        keys = dj.example_keys(jax.random.fold_in(train_key, state.step), jnp.arange(config.batch_size))
+        data_keys, loss_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        return dj.train_step(state, jax.vmap(draw_mixture)(data_keys), loss_keys, loss_fn=loss_fn, ema_decay=config.ema_decay)
+
+    state = train_in(workdir, state, lambda state, _: step(state), config.iterations, config.checkpoint_every)
+
+    predict = partial(network.apply, {"params": state.ema_params})
+    denoise = dj.make_denoiser(schedule, predict)
+    numbers = jnp.arange(NUM_SHOWN)
+    data = jax.vmap(draw_mixture)(dj.example_keys(data_key, numbers))
+    keys = dj.example_keys(sample_key, numbers)
+    path = dj.sample_trajectory(denoise, table, keys, (2,))
+    fast_path = dj.sample_trajectory(denoise, fast_table, keys, (2,))
+    times = strided_timesteps(config.num_timesteps, config.fast_timesteps)[::-1]
+    save_mixture_figure(workdir / "figure.png", *map(np.asarray, (data, path, fast_path)), times)
+
+    grid = jnp.stack(jnp.meshgrid(jnp.linspace(-2.8, 2.8, 15), jnp.linspace(-2.8, 2.8, 15)), axis=-1).reshape(-1, 2)
+    scores = [  # score = -eps_hat / sqrt(1 - alpha_bar_t)  [Song et al. 2021, eq. 3]
+        -predict(grid, jnp.full(len(grid), t)) / schedule.sqrt_one_minus_alpha_bar[t]
+        for t in range(1, config.num_timesteps + 1)
+    ]
+    save_score_figure(workdir / "score.png", np.asarray(grid), np.asarray(scores), np.asarray(path[1:]))
+    print(f"wrote {workdir / 'figure.png'} and {workdir / 'score.png'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Train DDPM on MNIST, then draw real digits beside samples on their way from noise to digit.
+
+python experiments/mnist.py                   # sized for this machine
+python experiments/mnist.py --preset paper    # the published recipe
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from command_line import one_line_errors, parse_command_line, require
+from figures import save_grid, save_noise_figure
+from jaxtyping import Array, Float, Key, PyTree
+from workdir import open_workdir, train_in
+
+import diffusion_jax as dj
+from diffusion_jax.data import DatasetName, batch_indices, load_dataset, to_model_input
+from diffusion_jax.diffusion import LossType, TargetType
+from diffusion_jax.sampling import SigmaType
+from diffusion_jax.training import check_divisible
+
+IMAGE_SHAPE = (32, 32, 1)
+SCHEDULES = {"linear": dj.linear_schedule, "cosine": dj.cosine_schedule}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    preset: Literal["auto", "paper", "small"] = "paper"
+    """"paper" is the published recipe, "small" fits two CPU cores; "auto" is small where there is only a CPU, else paper."""
+    dataset: DatasetName = "auto"
+    """"auto" is MNIST, or scikit-learn's digits where MNIST is neither prepared nor within reach."""
+    data_dir: str | None = None
+    """A TFDS directory; by default TFDS's own."""
+    iterations: int = 2000
+    batch_size: int = 512
+    embed_dim: int = 128
+    """Channels at the full resolution."""
+    dim_scales: tuple[int, ...] = (1, 2, 4, 8)
+    """Channels of each level, as multiples of embed_dim; the image is halved between levels."""
+    num_timesteps: int = 500
+    """T, the steps of the forward process."""
+    target_type: TargetType = "pred_x_0"
+    """What the network predicts."""
+    sigma_type: SigmaType = "upper_bound"
+    """The variance of ancestral sampling."""
+    noise_schedule_type: Literal["linear", "cosine"] = "cosine"
+    loss_type: LossType = "l2"
+    learning_rate: float = 1e-3
+    """Adam's, at the start of its cosine decay."""
+    ema_decay: float = 0.0
+    """Of the average of the parameters that samples are drawn with; 0 is the parameters themselves."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in; parameters are float32."""
+    seed: int = 0
+    workdir: str = "runs/mnist"
+    """Where the run is kept. The same command continues it."""
+    checkpoint_every: int = 100
+    sample_every: int = 500
+    """Steps between sample grids written during training; 0 for none."""
+    sampling_timesteps: int | None = None
+    """Steps of the final figure's samples; by default all T."""
+    num_samples: int = 20
+
+
+MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples"}
+PRESETS = {
+    "paper": Config(),
+    "small": Config(preset="small", embed_dim=16, batch_size=32, iterations=1000, ema_decay=0.99),
+}
+
+
+def choose_preset(args: list[str]) -> str:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="auto")
+    preset = parser.parse_known_args(args)[0].preset
+    return preset if preset in PRESETS else "small" if jax.default_backend() == "cpu" else "paper"
+
+
+def check(config: Config) -> None:
+    """Raise ValueError on the first value that no run can have."""
+    for name in ("iterations", "batch_size", "num_timesteps", "checkpoint_every", "num_samples"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    for name in ("seed", "sample_every"):
+        require(0 <= getattr(config, name) < 2**31, name, getattr(config, name), "between 0 and 2^31 - 1")
+    require(config.embed_dim >= 4 and config.embed_dim % 2 == 0, "embed_dim", config.embed_dim, "even and at least 4")
+    require(min(config.dim_scales, default=0) >= 1, "dim_scales", config.dim_scales, "one or more numbers of at least 1")
+    require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
+    require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
+    check_divisible(config.batch_size, jax.local_device_count())
+
+
+def make_network(config: Config) -> dj.UNet:
+    return dj.UNet(IMAGE_SHAPE[-1], config.embed_dim, config.dim_scales, DTYPES[config.precision])
+
+
+def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
+    network = make_network(config)
+    params = jax.jit(network.init)(key, jnp.zeros((1, *IMAGE_SHAPE)), jnp.ones(1, jnp.int32))["params"]
+    optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations)
+    return dj.create_train_state(network.apply, params, optimizer)
+
+
+def make_step(config: Config, schedule: dj.NoiseSchedule, images: np.ndarray, key: Key[Array, ""]) -> Callable:
+    """step(state, number) -> (state, metrics), on all devices, with the data set kept on them as bytes."""
+    network = make_network(config)
+
+    def loss_fn(params, x_0, keys):
+        predict = partial(network.apply, {"params": params})
+        return dj.diffusion_loss(schedule, predict, x_0, keys, config.target_type, config.loss_type)
+
+    def step(state, images, indices, examples, mean_over_devices):
+        keys = dj.example_keys(jax.random.fold_in(key, state.step), examples)
+        return dj.train_step(
+            state, to_model_input(images[indices]), keys,
+            loss_fn=loss_fn, ema_decay=config.ema_decay, mean_over_devices=mean_over_devices,
+        )  # fmt: skip
+
+    compiled = dj.over_devices(step, (None, None, 0, 0), None, jax.local_device_count(), donate_argnums=(0,))
+    on_device, examples = jnp.asarray(images), jnp.arange(config.batch_size)
+    return lambda state, number: compiled(
+        state, on_device, batch_indices(config.seed, number, config.batch_size, len(images)), examples
+    )
+
+
+def make_sampler(config: Config, schedule: dj.NoiseSchedule, sample_fn: Callable = dj.sample) -> Callable:
+    """draw(params, table, key, count) -> samples in [-1, 1], on all devices; `sample_fn` may be `sample_trajectory`."""
+    network, num_devices = make_network(config), jax.local_device_count()
+
+    def draw(params, table, key, examples):
+        predict = partial(network.apply, {"params": params})
+        denoise = dj.make_denoiser(schedule, predict, config.target_type, clip=1.0)
+        return sample_fn(denoise, table, dj.example_keys(key, examples), IMAGE_SHAPE)
+
+    axis = 1 if sample_fn is dj.sample_trajectory else 0
+    compiled = dj.over_devices(draw, (None, None, None, 0), axis, num_devices)
+
+    def draw_samples(params: PyTree, table: dj.SamplerTable, key: Array, first: int, count: int) -> Float[np.ndarray, "..."]:
+        examples = jnp.arange(first, first + math.ceil(count / num_devices) * num_devices)
+        return np.take(compiled(params, table, key, examples), range(count), axis)
+
+    return draw_samples
+
+
+def main() -> None:
+    with one_line_errors():
+        preset = choose_preset(sys.argv[1:])
+        config = parse_command_line(PRESETS[preset], __doc__)
+        config = dataclasses.replace(config, preset=preset)
+        check(config)
+        schedule = SCHEDULES[config.noise_schedule_type](config.num_timesteps)
+        table = dj.ancestral_table(schedule, config.sigma_type, config.sampling_timesteps)
+        preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
+        init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+        state = initial_state(config, init_key)
+        data = load_dataset(config.dataset, config.data_dir)
+        config = dataclasses.replace(config, dataset=data.name)
+        workdir = open_workdir(config, MAY_DIFFER)
+
+    device = jax.devices()[0]
+    print(
+        f"{config.preset} preset, {len(data.images):,} images of {data.name}, {jax.local_device_count()} x {device.device_kind}; "
+        f"in {workdir}", file=sys.stderr,
+    )  # fmt: skip
+    sampler = make_sampler(config, schedule)
+
+    def preview(state: dj.TrainState, step: int) -> None:
+        if config.sample_every and step % config.sample_every == 0 and step < config.iterations:
+            samples = sampler(state.ema_params, preview_table, sample_key, 0, config.num_samples)
+            save_grid(workdir / f"samples_{step:06d}.png", samples)
+
+    step = make_step(config, schedule, data.images, train_key)
+    state = train_in(workdir, state, step, config.iterations, config.checkpoint_every, preview)
+
+    draw_path = make_sampler(config, schedule, dj.sample_trajectory)
+    path = draw_path(state.ema_params, table, sample_key, 0, config.num_samples)
+    real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples])))
+    save_noise_figure(Path(workdir) / "figure.png", real, path)
+    print(f"wrote {workdir / 'figure.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Draw samples from a run of experiments/mnist.py, with the averaged parameters of its newest checkpoint.
+
+python experiments/sample.py --sampling-timesteps 50 --out samples.png
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import jax
+import mnist
+import numpy as np
+from command_line import one_line_errors, parse_command_line, require
+from figures import save_grid
+from tqdm import tqdm
+from workdir import read_config
+
+import diffusion_jax as dj
+from diffusion_jax.checkpoints import open_checkpoints, restore_latest
+
+BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    workdir: str = "runs/mnist"
+    """The folder of the run."""
+    num_samples: int = 64
+    sampling_timesteps: int | None = None
+    """Network calls for each sample; by default all T of the run."""
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    """Ancestral sampling has the variance that the run was configured with."""
+    eta: float = 0.0
+    """For ddim: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
+    seed: int = 0
+    out: str = "samples.png"
+    """A .png is a grid, a .npy is float32 [N, 32, 32, 1] in [-1, 1]."""
+
+
+def main() -> None:
+    with one_line_errors():
+        config = parse_command_line(Config(), __doc__ or "")
+        out = Path(config.out)
+        require(config.num_samples >= 1, "num_samples", config.num_samples, "at least 1")
+        require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
+        require(out.suffix in (".png", ".npy"), "out", out, "a file that ends in .png or .npy")
+        require(out.parent.is_dir(), "out", out, "in a folder that exists")
+        require(config.sampler == "ddim" or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim")
+        run = run_config(config.workdir)
+        schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
+        if config.sampler == "ddim":
+            table = dj.ddim_table(schedule, config.eta, config.sampling_timesteps)
+        else:
+            table = dj.ancestral_table(schedule, run.sigma_type, config.sampling_timesteps)
+        state = restore(run, config.workdir)
+
+    draw = mnist.make_sampler(run, schedule)
+    batch = min(BATCH, config.num_samples)
+    firsts = tqdm(range(0, config.num_samples, batch), unit="batch", disable=config.num_samples <= batch)
+    key = jax.random.key(config.seed)
+    samples = np.concatenate([draw(state.ema_params, table, key, first, batch) for first in firsts])[: config.num_samples]
+    if out.suffix == ".png":
+        save_grid(out, samples)
+    else:
+        np.save(out, samples)
+    print(f"wrote {out}: {len(samples)} samples at step {int(state.step)} of {run.iterations}", file=sys.stderr)
+
+
+def run_config(workdir: str) -> mnist.Config:
+    """The config of the run in `workdir`. Raises ValueError where it is not one of experiments/mnist.py."""
+    saved = read_config(workdir)
+    names = {field.name for field in dataclasses.fields(mnist.Config)}
+    if set(saved) != names:
+        odd = ", ".join(sorted(set(saved) ^ names))
+        raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {workdir}/config.json differs in {odd}")
+    run = mnist.Config(**{**saved, "dim_scales": tuple(saved["dim_scales"])})
+    mnist.check(run)
+    return run
+
+
+def restore(run: mnist.Config, workdir: str) -> dj.TrainState:
+    with open_checkpoints(Path(workdir) / "checkpoints") as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise ValueError(f"--workdir must hold a run with a checkpoint, and {workdir} has none yet")
+        return restore_latest(checkpoints, mnist.initial_state(run, jax.random.key(0)))
+
+
+if __name__ == "__main__":
+    main()
