@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from diffusion_jax.training import TrainState
 
@@ -17,7 +18,7 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
     """Save `state` under its step, in the background, unless that step is saved already."""
     step = int(state.step)
     if step != checkpoints.latest_step():
-        checkpoints.save(step, args=ocp.args.StandardSave(state))
+        checkpoints.save(step, args=ocp.args.StandardSave(_arrays(state)))
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
@@ -25,5 +26,9 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState) -> Tra
     step = checkpoints.latest_step()
     if step is None:
         return state
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(state))
+    return state.replace(**checkpoints.restore(step, args=ocp.args.StandardRestore(abstract)))
+
+
+def _arrays(state: TrainState) -> dict[str, PyTree]:
+    return {name: getattr(state, name) for name in ("step", "params", "ema_params", "opt_state")}

@@ -35,7 +35,7 @@ class DataUnavailable(Exception):
     """The data set is not prepared here and cannot be downloaded; the message says why."""
 
 
-def load_dataset(name: DatasetName = "auto", data_dir: str | Path | None = None) -> ImageData:
+def load_dataset(name: DatasetName = "auto", data_dir: str | os.PathLike | None = None) -> ImageData:
     """The training images of "mnist", "fashion_mnist" or "digits" (scikit-learn's, embedded, enlarged to 28x28).
 
     The first two are read from the TFDS directory `data_dir` (default: TFDS's own) and prepared there first if need be. "auto"
@@ -77,20 +77,20 @@ def _embedded_digits() -> ImageData:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images = np.zeros((len(digits.images), 28, 28, 1), np.uint8)
-    for image, small in zip(images, digits.images, strict=True):
+    small_images, labels = load_digits(return_X_y=True)
+    images = np.zeros((len(labels), 28, 28, 1), np.uint8)
+    for image, small in zip(images, small_images.reshape(-1, 8, 8), strict=True):
         large = Image.fromarray((small * 255 / 16).astype(np.uint8)).resize((20, 20), Image.Resampling.BICUBIC)
         image[4:24, 4:24, 0] = np.asarray(large)
-    return ImageData("digits", images, digits.target.astype(np.int32))
+    return ImageData("digits", images, labels.astype(np.int32))
 
 
-def _load_tfds(name: str, data_dir: str | Path | None) -> ImageData:
-    import tensorflow_datasets as tfds
+def _load_tfds(name: str, data_dir: str | os.PathLike | None) -> ImageData:
     from absl import logging
+    from tensorflow_datasets.core import constants
 
     logging.set_verbosity(logging.ERROR)
-    data_dir = os.path.expanduser(data_dir or tfds.core.constants.DATA_PATH)
+    data_dir = os.path.expanduser(data_dir or constants.DATA_PATH)
     prepared = _tensorflow_free_builder(name)(data_dir=data_dir)
     if not Path(prepared.data_path).exists():
         if problem := _why_unreachable(prepared.URL):
@@ -101,13 +101,11 @@ def _load_tfds(name: str, data_dir: str | Path | None) -> ImageData:
         except Exception as problem:
             raise DataUnavailable(f"{name} could not be prepared in {data_dir} ({problem})") from problem
     examples = _read_examples(prepared)
-    return ImageData(
-        name, np.stack([e["image"] for e in examples]), np.array([e["label"] for e in examples], np.int32)
-    )
+    return ImageData(name, np.stack([e["image"] for e in examples]), np.array([e["label"] for e in examples], np.int32))
 
 
 def _read_examples(builder) -> list[dict]:
-    """The training split, whether TFDS wrote it as array_record or, its default, as TFRecord (which its data_source can't read)."""
+    """The training split as array_record or as TFDS's default, TFRecord, which its data_source cannot read."""
     split = builder.info.splits["train"]
     if builder.info.file_format.value != "tfrecord":
         return builder.as_data_source("train").__getitems__(range(split.num_examples))
@@ -115,7 +113,7 @@ def _read_examples(builder) -> list[dict]:
     return [builder.info.features.deserialize_example_np(record) for record in records]
 
 
-def _read_tfrecords(path: str | Path) -> Iterator[bytes]:
+def _read_tfrecords(path: str | os.PathLike) -> Iterator[bytes]:
     """The records of a TFRecord file: the length as a little-endian uint64, its checksum, the record, its checksum."""
     content, start = Path(path).read_bytes(), 0
     while start < len(content):
@@ -126,8 +124,8 @@ def _read_tfrecords(path: str | Path) -> Iterator[bytes]:
 
 def _tensorflow_free_builder(name: str):
     """TFDS's own builder, except that it unpacks the four files with NumPy: TFDS's way imports TensorFlow."""
-    import tensorflow_datasets as tfds
     from PIL import Image
+    from tensorflow_datasets.core import registered
     from tensorflow_datasets.image_classification import mnist
 
     def png(image: np.ndarray) -> io.BytesIO:
@@ -137,8 +135,10 @@ def _tensorflow_free_builder(name: str):
         return file
 
     def split_generators(self, downloads):
-        files = {split: [f"{self.URL}{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
-                 for split, prefix in (("train", "train"), ("test", "t10k"))}
+        files = {
+            split: [f"{self.URL}{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+            for split, prefix in (("train", "train"), ("test", "t10k"))
+        }
         return {split: self._generate_examples(*paths) for split, paths in downloads.download(files).items()}
 
     def generate_examples(self, images_path, labels_path):
@@ -146,13 +146,19 @@ def _tensorflow_free_builder(name: str):
             yield number, {"image": png(image), "label": int(label)}
 
     original = {"mnist": mnist.MNIST, "fashion_mnist": mnist.FashionMNIST}[name]
-    with tfds.core.registered.skip_registration():
-        return type(original.__name__, (original,), {
-            "name": name, "_split_generators": split_generators, "_generate_examples": generate_examples,
-        })
+    with registered.skip_registration():
+        return type(
+            original.__name__,
+            (original,),
+            {
+                "name": name,
+                "_split_generators": split_generators,
+                "_generate_examples": generate_examples,
+            },
+        )
 
 
-def _read_idx(path: str | Path) -> UInt8[np.ndarray, "..."]:
+def _read_idx(path: str | os.PathLike) -> UInt8[np.ndarray, "..."]:
     """An array in the IDX format: two zero bytes, 8 for uint8, the rank, the big-endian sizes, the values."""
     content = gzip.decompress(Path(path).read_bytes())
     rank = content[3]

@@ -27,7 +27,7 @@ Arrays are [B, *shape] with any shape; t is [B]. A timestep outside 0..T is clam
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from diffusion_jax.schedules import NoiseSchedule
 
 TargetType = Literal["pred_x_0", "pred_eps", "pred_v"]
 LossType = Literal["l2", "l1"]
-Predict = Callable[[Array, Array], Array]
+Predict = Callable[[Array, Array], Any]
 """A network: predict(x_t, t) -> its target, of x_t's shape."""
 Denoise = Callable[[Array, Array], Array]
 """denoise(x_t, t) -> x_0_hat, whatever the network underneath predicts."""

@@ -8,7 +8,7 @@ A sampler walks down timesteps T = t_S > ... > t_0 = 0. Each of its S steps goes
 and a, b, c are known before the network is called. The last step adds no noise: it ends at the mean, x_0_hat.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,14 @@ SigmaType = Literal["upper_bound", "lower_bound", "zero"]
 class SamplerTable(NamedTuple):
     """The coefficients of eq. 11, a row a step, first step first; `t` is the timestep that the step leaves."""
 
-    t: Int[Array | np.ndarray, " S"]
-    a: Float[Array | np.ndarray, " S"]
-    b: Float[Array | np.ndarray, " S"]
-    c: Float[Array | np.ndarray, " S"]
+    t: Int[np.ndarray, " S"]
+    a: Float[np.ndarray, " S"]
+    b: Float[np.ndarray, " S"]
+    c: Float[np.ndarray, " S"]
 
 
 def strided_timesteps(num_timesteps: int, sampling_timesteps: int | None = None) -> Int[np.ndarray, " times"]:
-    """T = t_S > ... > t_0 = 0, evenly spaced up to rounding and strictly decreasing; all of 0..T if `sampling_timesteps` is None.
+    """T = t_S > ... > t_0 = 0, strictly decreasing and evenly spaced up to rounding; S = T if `sampling_timesteps` is None.
 
     Raises ValueError unless 1 <= sampling_timesteps <= num_timesteps.
     """
@@ -46,8 +46,8 @@ def ancestral_table(
 ) -> SamplerTable:
     """Ancestral sampling: the posterior (eq. 10) at x_0_hat, strided if `sampling_timesteps` < T [Ho et al. 2020, alg. 2].
 
-    `sigma_type` is the variance c^2: "upper_bound" is beta_{t|s}, right for x_0 ~ N(0, I); "lower_bound" is the posterior's own,
-    right for a single point x_0 [Ho et al. 2020, sec. 3.2]; "zero" takes the posterior's mean (which is not DDIM).
+    `sigma_type` is the variance c^2: "upper_bound" is beta_{t|s}, right for x_0 ~ N(0, I); "lower_bound" is the posterior's
+    own, right for a single point x_0 [Ho et al. 2020, sec. 3.2]; "zero" takes the posterior's mean (which is not DDIM).
     Raises ValueError on an unknown type or on `sampling_timesteps` outside 1..T.
     """
     _check_choice("sigma_type", sigma_type, get_args(SigmaType))
@@ -75,16 +75,12 @@ def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: in
     return SamplerTable(t, a, schedule.sqrt_alpha_bar[s] - a * schedule.sqrt_alpha_bar[t], np.sqrt(variance))
 
 
-def sample(
-    denoise: Denoise, table: SamplerTable, keys: Key[Array, " B"], shape: tuple[int, ...]
-) -> Float[Array, "B *shape"]:
+def sample(denoise: Denoise, table: SamplerTable, keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
     """One x_0 of `shape` for each key, in memory that does not grow with the number of steps (eq. 11).
 
     Sample i depends on keys[i] alone, whatever the batch size and the device count.
     """
-    x_0, _ = jax.lax.scan(
-        lambda x_t, row: (_step(denoise, row, x_t, keys), None), _normal(keys, 0, shape), _on_device(table)
-    )
+    x_0, _ = jax.lax.scan(lambda x_t, row: (_step(denoise, row, x_t, keys), None), _normal(keys, 0, shape), _on_device(table))
     return x_0
 
 
@@ -102,7 +98,7 @@ def sample_trajectory(
     return jnp.concatenate([noise[None], path])[::-1]
 
 
-def _step(denoise: Denoise, row: SamplerTable, x_t: Array, keys: Array) -> Array:
+def _step(denoise: Denoise, row: Any, x_t: Array, keys: Array) -> Array:
     x_0_hat = denoise(x_t, jnp.full(len(x_t), row.t))
     return row.a * x_t + row.b * x_0_hat + row.c * _normal(keys, row.t, x_t.shape[1:])
 

@@ -13,17 +13,16 @@ digit at small t.
 from typing import NamedTuple
 
 import numpy as np
-from jax import Array
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
 
 class NoiseSchedule(NamedTuple):
     """Every table that eqs. 1-3 need, each of length T + 1 and indexed by t; t = 0 is the data, so beta[0] = 0."""
 
-    beta: Float[Array | np.ndarray, " T+1"]
-    alpha_bar: Float[Array | np.ndarray, " T+1"]
-    sqrt_alpha_bar: Float[Array | np.ndarray, " T+1"]
-    sqrt_one_minus_alpha_bar: Float[Array | np.ndarray, " T+1"]
+    beta: Float[np.ndarray, " T+1"]
+    alpha_bar: Float[np.ndarray, " T+1"]
+    sqrt_alpha_bar: Float[np.ndarray, " T+1"]
+    sqrt_one_minus_alpha_bar: Float[np.ndarray, " T+1"]
 
     @property
     def num_timesteps(self) -> int:
@@ -31,10 +30,10 @@ class NoiseSchedule(NamedTuple):
         return len(self.beta) - 1
 
 
-def schedule_from_beta(beta: Float[np.ndarray, " T"]) -> NoiseSchedule:
-    """The schedule whose steps add the variances beta_1..beta_T (eqs. 1-3), in float64.
+def schedule_from_beta(beta: ArrayLike) -> NoiseSchedule:
+    """The schedule whose steps add the variances beta_1..beta_T, a vector (eqs. 1-3), in float64.
 
-    Raises ValueError if there is none, or if one lies outside (0, 1).
+    Raises ValueError if it is empty, or if one lies outside (0, 1).
     """
     beta = np.asarray(beta, np.float64)
     if beta.ndim != 1 or len(beta) == 0:

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from flax.training import train_state
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 AXIS_NAME = "devices"
@@ -16,7 +18,8 @@ AXIS_NAME = "devices"
 class TrainState(train_state.TrainState):
     """step, params and opt_state, with an exponential moving average of the parameters. Nothing else is needed to resume."""
 
-    ema_params: PyTree
+    params: PyTree = struct.field(pytree_node=True)
+    ema_params: PyTree = struct.field(pytree_node=True)
 
 
 def create_train_state(apply_fn: Callable, params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
@@ -54,11 +57,15 @@ def train_step(
     state = state.apply_gradients(grads=grads)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema_params = jax.tree.map(lambda ema, new: decay * ema + (1 - decay) * new, state.ema_params, state.params)
-    return state.replace(ema_params=ema_params), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    return state.replace(ema_params=ema_params), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
 
 def over_devices(
-    fn: Callable, in_axes: tuple[int | None, ...], out_axes: int | None, num_devices: int = 1, donate_argnums: tuple[int, ...] = ()
+    fn: Callable,
+    in_axes: tuple[int | None, ...],
+    out_axes: int | None,
+    num_devices: int = 1,
+    donate_argnums: tuple[int, ...] = (),
 ) -> Callable:
     """Compile `fn`, with jit on one device or with pmap on several. Nothing else in the project knows which.
 
@@ -70,27 +77,30 @@ def over_devices(
     if num_devices == 1:
         fn = partial(fn, mean_over_devices=lambda tree: tree) if out_axes is None else fn
         return jax.jit(fn, donate_argnums=donate_argnums)
+    devices = jax.local_devices()[:num_devices]
+    everywhere = NamedSharding(Mesh(devices, AXIS_NAME), PartitionSpec())
     pmean = partial(jax.lax.pmean, axis_name=AXIS_NAME)
     mapped = jax.pmap(
         partial(fn, mean_over_devices=pmean) if out_axes is None else fn,
         axis_name=AXIS_NAME,
         in_axes=in_axes,
         out_axes=out_axes,
-        devices=jax.local_devices()[:num_devices],
+        devices=devices,
         donate_argnums=donate_argnums,
     )
 
-    def split(x):
-        check_divisible(len(x), num_devices)
-        return x.reshape(num_devices, -1, *x.shape[1:])
+    def place(arg, axis):
+        if axis is None:  # where the results are, so that the next call finds the same placement and does not compile again
+            return jax.device_put(arg, everywhere)
+        check_divisible(len(arg), num_devices)
+        return arg.reshape(num_devices, -1, *arg.shape[1:])
 
-    def join(axis, result):
-        return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]), result)
+    def join(x, axis):
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
     def compiled(*args):
-        args = [arg if axis is None else jax.tree.map(split, arg) for arg, axis in zip(args, in_axes, strict=True)]
-        result = mapped(*args)
-        return result if out_axes is None else join(out_axes, result)
+        result = mapped(*map(place, args, in_axes))
+        return result if out_axes is None else jax.tree.map(partial(join, axis=out_axes), result)
 
     return compiled
 

@@ -10,7 +10,6 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from diffusion_jax.mlp import timestep_embedding
 
-MAX_GROUPS = 8
 MAX_HEADS = 8
 
 
@@ -60,10 +59,7 @@ class UNet(nn.Module):
             for number in (1, 2):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = block(widths[level + 1], f"up_{level}_block_{number}")(x, time)
-            if level > 0:
-                x = pixel_shuffle(dense(4 * widths[level], f"up_{level}")(x))
-            else:
-                x = dense(widths[0], "up_0")(x)
+            x = pixel_shuffle(dense(4 * widths[level], f"up_{level}")(x)) if level > 0 else dense(widths[0], "up_0")(x)
 
         x = block(self.embed_dim, "out_block")(x + first, time)
         x = nn.silu(norm(self.embed_dim, self.dtype, "out_norm")(x))
@@ -71,7 +67,10 @@ class UNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + shift(time)))); the second convolution starts at zero, so the block at identity."""
+    """x + conv(silu(norm(conv(silu(norm(x)))) + shift(time))), starting as x: the last convolution starts at zero.
+
+    The shift comes after the normalization, which would take it out again where a group is one channel.
+    """
 
     features: int
     dtype: DTypeLike
@@ -80,8 +79,8 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"], time: Float[Array, "B E"]) -> Float[Array, "B H W features"]:
         h = nn.silu(norm(x.shape[-1], self.dtype, "norm_1")(x))
         h = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv_1")(h)
-        h = h + nn.Dense(self.features, dtype=self.dtype, name="shift")(time)[:, None, None, :]
-        h = nn.silu(norm(self.features, self.dtype, "norm_2")(h))
+        shift = nn.Dense(self.features, dtype=self.dtype, name="shift")(time)[:, None, None, :]
+        h = nn.silu(norm(self.features, self.dtype, "norm_2")(h) + shift)
         zeros = nn.initializers.zeros
         h = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_2")(h)
         if x.shape[-1] != self.features:
@@ -106,12 +105,13 @@ class SelfAttention(nn.Module):
 
 
 def norm(channels: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
-    """Group normalization (Wu & He 2018) in up to 8 groups, with float32 statistics."""
-    return nn.GroupNorm(math.gcd(MAX_GROUPS, channels), dtype=dtype, name=name)
+    """Group normalization (Wu & He 2018) with float32 statistics, in up to 8 groups of at least 4 channels."""
+    groups = next(n for n in (8, 4, 2, 1) if n == 1 or (channels % n == 0 and channels >= 4 * n))
+    return nn.GroupNorm(groups, dtype=dtype, name=name)
 
 
-def pixel_shuffle(x: Float[Array, "B H W 4*C"]) -> Float[Array, "B 2*H 2*W C"]:
-    """Twice the height and width from a quarter of the channels; after a 1x1 layer, a 2x2 transposed convolution of stride 2."""
+def pixel_shuffle(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C//4"]:
+    """Twice the height and width from a quarter of the channels; after a 1x1 layer, a 2x2 transposed convolution."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, 2, 2, channels // 4).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, 2 * height, 2 * width, channels // 4)

@@ -5,7 +5,7 @@ import io
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
@@ -16,7 +16,7 @@ Config = TypeVar("Config")
 warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
-def parse_command_line(default: Config, description: str, args: Sequence[str] | None = None) -> Config:
+def parse_command_line(default: Config, description: str | None, args: Sequence[str] | None = None) -> Config:
     """The config that the command line asks for, starting from `default`; a wrong option exits with one line."""
     messages = io.StringIO()
     try:
@@ -44,7 +44,7 @@ def one_line_errors() -> Iterator[None]:
         stop_with(str(error))
 
 
-def stop_with(message: str):
+def stop_with(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -4,6 +4,7 @@ python experiments/mixture.py
 """
 
 import dataclasses
+import math
 import sys
 from functools import partial
 
@@ -16,8 +17,12 @@ from jaxtyping import Array, Float, Key
 from workdir import open_workdir, train_in
 
 import diffusion_jax as dj
+from diffusion_jax.diffusion import Predict
 from diffusion_jax.sampling import strided_timesteps
 
+NUM_TIMESTEPS = 10
+FAST_TIMESTEPS = 3
+TARGET_TYPE = "pred_v"  # pred_eps would divide by sqrt(alpha_bar_T) = 0.005
 NUM_SHOWN = 2000
 
 
@@ -25,9 +30,6 @@ NUM_SHOWN = 2000
 class Config:
     iterations: int = 2000
     batch_size: int = 512
-    num_timesteps: int = 10
-    fast_timesteps: int = 3
-    """Steps of the accelerated walk."""
     embed_dim: int = 32
     learning_rate: float = 2e-3
     ema_decay: float = 0.99
@@ -46,22 +48,24 @@ def draw_mixture(key: Key[Array, ""]) -> Float[Array, " 2"]:
 
 def main() -> None:
     with one_line_errors():
-        config = parse_command_line(Config(), __doc__ or "")
+        config = parse_command_line(Config(), __doc__)
         for name in ("iterations", "batch_size", "checkpoint_every"):
             require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
-        require(1 <= config.num_timesteps <= 10, "num_timesteps", config.num_timesteps, "between 1 and 10, what the figure has room for")
-        schedule = dj.linear_schedule(config.num_timesteps)
+        require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
+        require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
+        require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
+        schedule = dj.cosine_schedule(NUM_TIMESTEPS)
         table = dj.ancestral_table(schedule)
-        fast_table = dj.ancestral_table(schedule, sampling_timesteps=config.fast_timesteps)
+        fast_table = dj.ancestral_table(schedule, sampling_timesteps=FAST_TIMESTEPS)
         network = dj.MLP(in_dim=2, embed_dim=config.embed_dim)
         init_key, train_key, sample_key, data_key = jax.random.split(jax.random.key(config.seed), 4)
-        params = network.init(init_key, jnp.zeros((1, 2)), jnp.ones(1, jnp.int32))["params"]
+        params = jax.jit(network.init)(init_key, jnp.zeros((1, 2)), jnp.ones(1, jnp.int32))["params"]
         optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations)
         state = dj.create_train_state(network.apply, params, optimizer)
         workdir = open_workdir(config, may_differ={"workdir", "checkpoint_every"})
 
     def loss_fn(params, x_0, keys):
-        return dj.diffusion_loss(schedule, partial(network.apply, {"params": params}), x_0, keys)
+        return dj.diffusion_loss(schedule, partial(network.apply, {"params": params}), x_0, keys, TARGET_TYPE)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: dj.TrainState):
@@ -71,21 +75,22 @@ def main() -> None:
 
     state = train_in(workdir, state, lambda state, _: step(state), config.iterations, config.checkpoint_every)
 
-    predict = partial(network.apply, {"params": state.ema_params})
-    denoise = dj.make_denoiser(schedule, predict)
+    predict: Predict = partial(network.apply, {"params": state.ema_params})
+    denoise = dj.make_denoiser(schedule, predict, TARGET_TYPE)
     numbers = jnp.arange(NUM_SHOWN)
     data = jax.vmap(draw_mixture)(dj.example_keys(data_key, numbers))
     keys = dj.example_keys(sample_key, numbers)
     path = dj.sample_trajectory(denoise, table, keys, (2,))
     fast_path = dj.sample_trajectory(denoise, fast_table, keys, (2,))
-    times = strided_timesteps(config.num_timesteps, config.fast_timesteps)[::-1]
-    save_mixture_figure(workdir / "figure.png", *map(np.asarray, (data, path, fast_path)), times)
+    times = strided_timesteps(NUM_TIMESTEPS, FAST_TIMESTEPS)[::-1]
+    save_mixture_figure(workdir / "figure.png", np.asarray(data), np.asarray(path), np.asarray(fast_path), times)
 
     grid = jnp.stack(jnp.meshgrid(jnp.linspace(-2.8, 2.8, 15), jnp.linspace(-2.8, 2.8, 15)), axis=-1).reshape(-1, 2)
-    scores = [  # score = -eps_hat / sqrt(1 - alpha_bar_t)  [Song et al. 2021, eq. 3]
-        -predict(grid, jnp.full(len(grid), t)) / schedule.sqrt_one_minus_alpha_bar[t]
-        for t in range(1, config.num_timesteps + 1)
-    ]
+    scores = []
+    for t in range(1, NUM_TIMESTEPS + 1):  # score = -eps_hat / sqrt(1 - alpha_bar_t)  [Song et al. 2021]
+        times = jnp.full(len(grid), t)
+        eps_hat = dj.convert(schedule, predict(grid, times), grid, times, TARGET_TYPE, "pred_eps")
+        scores.append(-eps_hat / schedule.sqrt_one_minus_alpha_bar[t])
     save_score_figure(workdir / "score.png", np.asarray(grid), np.asarray(scores), np.asarray(path[1:]))
     print(f"wrote {workdir / 'figure.png'} and {workdir / 'score.png'}", file=sys.stderr)
 

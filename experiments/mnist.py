@@ -95,7 +95,6 @@ def check(config: Config) -> None:
     require(min(config.dim_scales, default=0) >= 1, "dim_scales", config.dim_scales, "one or more numbers of at least 1")
     require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
     require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
-    check_divisible(config.batch_size, jax.local_device_count())
 
 
 def make_network(config: Config) -> dj.UNet:
@@ -156,6 +155,7 @@ def main() -> None:
         config = parse_command_line(PRESETS[preset], __doc__)
         config = dataclasses.replace(config, preset=preset)
         check(config)
+        check_divisible(config.batch_size, jax.local_device_count())
         schedule = SCHEDULES[config.noise_schedule_type](config.num_timesteps)
         table = dj.ancestral_table(schedule, config.sigma_type, config.sampling_timesteps)
         preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
@@ -165,11 +165,8 @@ def main() -> None:
         config = dataclasses.replace(config, dataset=data.name)
         workdir = open_workdir(config, MAY_DIFFER)
 
-    device = jax.devices()[0]
-    print(
-        f"{config.preset} preset, {len(data.images):,} images of {data.name}, {jax.local_device_count()} x {device.device_kind}; "
-        f"in {workdir}", file=sys.stderr,
-    )  # fmt: skip
+    devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
+    print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
     sampler = make_sampler(config, schedule)
 
     def preview(state: dj.TrainState, step: int) -> None:

@@ -40,7 +40,7 @@ class Config:
 
 def main() -> None:
     with one_line_errors():
-        config = parse_command_line(Config(), __doc__ or "")
+        config = parse_command_line(Config(), __doc__)
         out = Path(config.out)
         require(config.num_samples >= 1, "num_samples", config.num_samples, "at least 1")
         require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")

@@ -1,0 +1,150 @@
+import functools
+import gzip
+import http.server
+import json
+import socket
+import struct
+import sys
+import threading
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import data
+
+SIZES = {"train": 30, "t10k": 10}
+
+
+@pytest.fixture(autouse=True)
+def tensorflow_stays_out():
+    yield
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A host on this machine with four small files in MNIST's format, and the images that they hold."""
+    folder, rng = tmp_path_factory.mktemp("www"), np.random.default_rng(0)
+    images = {split: rng.integers(0, 256, (n, 28, 28), np.uint8) for split, n in SIZES.items()}
+    for split, n in SIZES.items():
+        header, labels = struct.pack(">4I", 0x803, n, 28, 28), np.arange(n, dtype=np.uint8) % 10
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images[split].tobytes()))
+        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(struct.pack(">2I", 0x801, n) + labels.tobytes()))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/", images["train"]
+        server.shutdown()
+
+
+@pytest.fixture
+def reachable(source, monkeypatch):
+    from tensorflow_datasets.image_classification import mnist
+
+    monkeypatch.setattr(mnist.MNIST, "URL", source[0])
+    return source[1]
+
+
+@pytest.fixture
+def out_of_reach(monkeypatch):
+    from tensorflow_datasets.image_classification import mnist
+
+    with socket.socket() as unused:  # a port that nothing listens on
+        unused.bind(("127.0.0.1", 0))
+        for dataset in (mnist.MNIST, mnist.FashionMNIST):
+            monkeypatch.setattr(dataset, "URL", f"http://127.0.0.1:{unused.getsockname()[1]}/")
+        yield
+
+
+def check_images(loaded, images):
+    """TFDS shuffles when it prepares, so compare as sets; the label was the example's number, modulo 10."""
+    assert loaded.name == "mnist"
+    assert loaded.images.shape == (30, 28, 28, 1)
+    assert loaded.images.dtype == np.uint8
+    found = {image.tobytes(): label for image, label in zip(loaded.images[..., 0], loaded.labels, strict=True)}
+    assert found == {image.tobytes(): number % 10 for number, image in enumerate(images)}
+
+
+def test_mnist_is_downloaded_once_and_then_read(reachable, tmp_path, monkeypatch, request):
+    check_images(data.load_dataset("auto", tmp_path), reachable)
+    request.getfixturevalue("out_of_reach")
+    check_images(data.load_dataset("mnist", tmp_path), reachable)
+
+
+def test_a_directory_in_tfds_default_format_is_read(reachable, tmp_path):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    data.load_dataset("mnist", tmp_path)
+    (folder,) = (tmp_path / "mnist").iterdir()
+    info = json.loads((folder / "dataset_info.json").read_text()) | {"fileFormat": "tfrecord"}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    for file in folder.glob("*.array_record-*"):
+        records = ArrayRecordReader(str(file)).read_all()
+        framed = b"".join(struct.pack("<QI", len(r), 0) + r + struct.pack("<I", 0) for r in records)
+        (folder / file.name.replace("array_record", "tfrecord")).write_bytes(framed)
+        file.unlink()
+    check_images(data.load_dataset("mnist", tmp_path), reachable)
+
+
+def test_without_mnist_auto_warns_once_and_falls_back_in_time(out_of_reach, tmp_path):
+    start = time.monotonic()
+    with pytest.warns(UserWarning, match="scikit-learn's 1,797 digits instead of MNIST: mnist is not prepared in") as warned:
+        loaded = data.load_dataset("auto", tmp_path)
+    assert len([w for w in warned if "MNIST" in str(w.message)]) == 1
+    assert time.monotonic() - start < 15
+    assert loaded.name == "digits"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_host_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    from tensorflow_datasets.image_classification import mnist
+
+    monkeypatch.setattr(data, "SECONDS_TO_REACH", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(mnist.MNIST, "URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        with pytest.raises(data.DataUnavailable, match="cannot be downloaded"):
+            data.load_dataset("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_a_data_set_asked_for_by_name_is_never_replaced(out_of_reach, tmp_path, name):
+    with pytest.raises(data.DataUnavailable, match=f"{name} is not prepared in .* and cannot be downloaded"):
+        data.load_dataset(name, tmp_path)
+
+
+def test_the_embedded_digits_are_images_of_digits():
+    loaded = data.load_dataset("digits")
+    assert loaded.images.shape == (1797, 28, 28, 1)
+    assert np.bincount(loaded.labels).min() > 170
+    assert loaded.images[:, :4].max() == 0
+    assert loaded.images.max() == 255
+    means = np.stack([loaded.images[loaded.labels == label].mean(0) for label in range(10)]).reshape(10, -1)
+    distances = ((loaded.images.reshape(1797, 1, -1) - means[None]) ** 2).sum(-1)
+    assert (distances.argmin(1) == loaded.labels).mean() > 0.85  # the nearest class mean is the label
+
+
+def test_images_are_padded_and_scaled(variant):
+    images = jnp.full((2, 28, 28, 1), 255, jnp.uint8).at[0].set(51)
+    x = variant(data.to_model_input)(images)
+    assert x.shape == (2, 32, 32, 1)
+    assert x.dtype == jnp.float32
+    np.testing.assert_allclose(x[:, 2:30, 2:30, 0], np.broadcast_to(np.reshape([-0.6, 1], (2, 1, 1)), (2, 28, 28)), rtol=1e-6)
+    assert set(np.asarray(x[1, :2]).ravel()) == {-1.0}
+
+
+def test_each_epoch_is_a_fresh_permutation():
+    indices = np.concatenate([data.batch_indices(0, step, 4, 10) for step in range(5)])
+    first, second = indices[:10], indices[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(data.batch_indices(0, 3, 4, 10), indices[12:16])
+    assert not np.array_equal(np.concatenate([data.batch_indices(1, step, 4, 10) for step in range(5)]), indices)
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    counts = np.bincount(data.batch_indices(0, 0, 25, 10), minlength=10)
+    assert set(counts) == {2, 3}

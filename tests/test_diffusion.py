@@ -1,0 +1,157 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffusion_jax as dj
+
+TARGETS = ("pred_x_0", "pred_eps", "pred_v")
+SHAPES = [(2,), (4, 4, 1), (2, 3, 2, 2)]
+TWO_STEPS = dj.schedule_from_beta(np.array([0.36, 0.5]))  # sqrt(alpha_bar_1) = 0.8, sqrt(1 - alpha_bar_1) = 0.6
+
+
+def column(*values):
+    return jnp.array(values, jnp.float32)[:, None]
+
+
+def test_q_sample_by_hand(variant):
+    x_t = variant(dj.q_sample)(TWO_STEPS, column(1, 3), jnp.array([1, 0]), column(2, 7))
+    np.testing.assert_allclose(x_t, column(0.8 + 1.2, 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("from_type", TARGETS)
+@pytest.mark.parametrize("to_type", TARGETS)
+def test_conversions_by_hand(variant, from_type, to_type):
+    """At a = 0.8, s = 0.6: x_0 = 1 and eps = 2 make x_t = 2 and v = 0.8 * 2 - 0.6 * 1 = 1; x_0 = 5, eps = 0 make 4 and -3."""
+    values = {"pred_x_0": column(1, 5), "pred_eps": column(2, 0), "pred_v": column(1, -3)}
+    t = jnp.array([1, 1])
+    convert = variant(lambda prediction, x_t: dj.convert(TWO_STEPS, prediction, x_t, t, from_type, to_type))
+    np.testing.assert_allclose(convert(values[from_type], column(2, 4)), values[to_type], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [dj.linear_schedule, dj.cosine_schedule])
+@pytest.mark.parametrize("target_type", TARGETS)
+@pytest.mark.parametrize("T", [10, 500])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_x_0_survives_the_round_trip_at_both_ends(variant, make, target_type, T, shape):
+    schedule = make(T)
+    x_0, eps = (jax.random.normal(key, (2, *shape)) for key in jax.random.split(jax.random.key(1)))
+    t = jnp.array([1, T])
+
+    @variant
+    def round_trip(x_0, eps):
+        x_t = dj.q_sample(schedule, x_0, t, eps)
+        prediction = dj.convert(schedule, eps, x_t, t, "pred_eps", target_type)
+        return dj.convert(schedule, prediction, x_t, t, target_type, "pred_x_0")
+
+    back = round_trip(x_0, eps)
+    chex.assert_equal_shape([back, x_0])
+    lost = 1 / schedule.sqrt_alpha_bar[np.array([1, T])] / schedule.sqrt_one_minus_alpha_bar[np.array([1, T])]
+    for i in range(2):
+        np.testing.assert_allclose(back[i], x_0[i], atol=1e-6 * lost[i])
+
+
+def test_x_0_and_v_survive_where_nothing_is_noise(variant):
+    x_0, eps, t = column(3), column(2), jnp.array([0])
+    x_t = dj.q_sample(TWO_STEPS, x_0, t, eps)
+    for target_type, prediction in (("pred_x_0", x_0), ("pred_eps", eps), ("pred_v", eps)):
+        convert = variant(lambda x, p, target_type=target_type: dj.convert(TWO_STEPS, p, x, t, target_type, "pred_x_0"))
+        np.testing.assert_array_equal(convert(x_t, prediction), x_0)
+
+
+def test_float32_keeps_the_noise_of_the_first_step():
+    """sqrt(1 - alpha_bar_1) taken in float32 is off by 5e-3 at T = 4000."""
+    schedule = dj.cosine_schedule(4000)
+    x_1 = dj.q_sample(schedule, column(0), jnp.array([1]), column(1))
+    assert x_1.dtype == jnp.float32
+    np.testing.assert_allclose(x_1[0, 0], schedule.sqrt_one_minus_alpha_bar[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("target_type", TARGETS)
+def test_a_perfect_prediction_has_no_loss(variant, keys, shape, target_type):
+    """With x_0 = 0, x_t = s eps, so every target is known from x_t alone."""
+    schedule = dj.cosine_schedule(20)
+
+    def perfect(x_t, t):
+        s = jnp.asarray(schedule.sqrt_one_minus_alpha_bar, jnp.float32)[t].reshape(-1, *(1,) * len(shape))
+        a = jnp.asarray(schedule.sqrt_alpha_bar, jnp.float32)[t].reshape(-1, *(1,) * len(shape))
+        return {"pred_x_0": 0 * x_t, "pred_eps": x_t / s, "pred_v": a * x_t / s}[target_type]
+
+    loss = variant(lambda x, keys: dj.diffusion_loss(schedule, perfect, x, keys, target_type))(jnp.zeros((8, *shape)), keys)
+    chex.assert_shape(loss, (8, *shape))
+    np.testing.assert_allclose(loss, 0, atol=1e-9)
+
+
+def test_losses_by_hand(variant, keys):
+    x_0 = jnp.arange(16.0).reshape(8, 2) - 5
+
+    def loss(loss_type):
+        zero = lambda x_t, t: jnp.zeros_like(x_t)  # noqa: E731
+        return variant(lambda x, k: dj.diffusion_loss(TWO_STEPS, zero, x, k, "pred_x_0", loss_type))(x_0, keys)
+
+    np.testing.assert_allclose(loss("l2"), np.asarray(x_0) ** 2 / 2)
+    np.testing.assert_allclose(loss("l1"), np.abs(x_0))
+
+
+def test_the_loss_draws_t_uniformly_from_1_to_T_and_standard_noise():
+    T, n = 5, 20_000
+    schedule = dj.cosine_schedule(T)
+    keys = jax.random.split(jax.random.key(3), n)
+    x_0 = jnp.zeros((n, 1))
+    t = dj.diffusion_loss(schedule, lambda x_t, t: t[:, None].astype(jnp.float32), x_0, keys, "pred_x_0", "l1")
+    counts = np.bincount(np.asarray(t, int).ravel(), minlength=T + 1)
+    assert counts[0] == 0
+    assert len(counts) == T + 1
+    chi_square = ((counts[1:] - n / T) ** 2 / (n / T)).sum()
+    assert chi_square < 23.5  # the 0.9999 quantile at 4 degrees of freedom
+    eps = dj.diffusion_loss(schedule, lambda x_t, t: 0 * x_t, x_0, keys, "pred_eps", "l2") * 2
+    assert float(eps.mean()) == pytest.approx(1, abs=4 * (2 / n) ** 0.5)
+
+
+def test_an_examples_loss_depends_on_its_own_key_alone(keys):
+    schedule, x_0 = dj.cosine_schedule(50), jax.random.normal(jax.random.key(5), (8, 3))
+    predict = lambda x_t, t: x_t * t[:, None].astype(jnp.float32)  # noqa: E731
+    whole = dj.diffusion_loss(schedule, predict, x_0, keys)
+    part = dj.diffusion_loss(schedule, predict, x_0[3:5], keys[3:5])
+    np.testing.assert_array_equal(whole[3:5], part)
+
+
+def test_posterior_by_hand(variant):
+    mean, variance = variant(lambda x_0, x_t, t: dj.posterior(TWO_STEPS, x_0, x_t, t))(
+        column(2, 2), column(3, 3), jnp.array([2, 1])
+    )
+    k, m, w = 0.5**0.5 * 0.36 / 0.68, 0.8 * 0.5 / 0.68, 0.5 * 0.36 / 0.68
+    np.testing.assert_allclose(mean, column(k * 3 + m * 2, 2), rtol=1e-6)  # at t = 1 it is x_0 itself
+    np.testing.assert_allclose(variance, [w, 0], rtol=1e-6)
+
+
+def test_posterior_is_bayes_rule_on_a_grid():
+    """p(x_1 | x_2, x_0) from the product of the two forward densities, normalized numerically."""
+    x_0, x_2 = 1.5, -0.7
+    x_1 = np.linspace(-8, 8, 200_001)
+    density = np.exp(-((x_1 - 0.8 * x_0) ** 2) / 2 / 0.36 - (x_2 - 0.5**0.5 * x_1) ** 2 / 2 / 0.5)
+    density /= density.sum()
+    expected_mean = (density * x_1).sum()
+    mean, variance = dj.posterior(TWO_STEPS, column(x_0), column(x_2), jnp.array([2]))
+    assert float(mean[0, 0]) == pytest.approx(expected_mean, rel=1e-5)
+    assert float(variance[0]) == pytest.approx((density * (x_1 - expected_mean) ** 2).sum(), rel=1e-5)
+
+
+def test_clip_bounds_x_0_hat_only(variant):
+    denoise = variant(dj.make_denoiser(TWO_STEPS, lambda x_t, t: x_t, "pred_x_0", clip=1.0))
+    np.testing.assert_array_equal(denoise(column(-3, 0.5, 9), jnp.array([1, 1, 1])), column(-1, 0.5, 1))
+
+
+def test_unknown_choices_are_named(keys):
+    x = jnp.zeros((8, 2))
+    predict = lambda x_t, t: x_t  # noqa: E731
+    with pytest.raises(ValueError, match=r"target_type must be one of pred_x_0, pred_eps, pred_v; got 'x0'"):
+        dj.make_denoiser(TWO_STEPS, predict, "x0")
+    with pytest.raises(ValueError, match="got 'noise'"):
+        dj.convert(TWO_STEPS, x, x, jnp.ones(8, int), "pred_eps", "noise")
+    with pytest.raises(ValueError, match="got 'eps'"):
+        dj.diffusion_loss(TWO_STEPS, predict, x, keys, "eps")
+    with pytest.raises(ValueError, match="loss_type must be one of l2, l1; got 'mse'"):
+        dj.diffusion_loss(TWO_STEPS, predict, x, keys, loss_type="mse")

@@ -1,0 +1,226 @@
+"""Each script, run as a person would."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffusion_jax as dj
+from diffusion_jax.checkpoints import open_checkpoints, restore_latest
+
+EXPERIMENTS = Path(dj.__file__).parent.parent / "experiments"
+TINY = ["--dataset", "digits", "--embed-dim", "4", "--dim-scales", "1", "2", "--batch-size", "8", "--num-timesteps", "12"]
+TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", "--num-samples", "5"]
+
+
+def start(script: str, *args: str, devices: int = 1) -> subprocess.Popen:
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(EXPERIMENTS / script), *map(str, args)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(script: str, *args: str, devices: int = 1) -> str:
+    process = start(script, *args, devices=devices)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out + err
+
+
+def final_state(workdir: Path) -> dj.TrainState:
+    import mnist
+
+    config = mnist.Config(**json.loads((workdir / "config.json").read_text()))
+    with open_checkpoints(workdir / "checkpoints") as checkpoints:
+        return restore_latest(checkpoints, mnist.initial_state(config, jax.random.key(0)))
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for left, right in zip(jax.tree.leaves(final_state(one)), jax.tree.leaves(final_state(other)), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "mnist"
+    said = run("mnist.py", *TINY, "--workdir", workdir)
+    assert "small preset" in said
+    assert "1,797 images of digits" in said
+    return workdir
+
+
+def test_mnist_leaves_a_whole_run(trained):
+    assert json.loads((trained / "config.json").read_text())["dataset"] == "digits"
+    rows = list(csv.DictReader((trained / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    assert final_state(trained).step == 8
+    assert Image.open(trained / "figure.png").size[0] > 500
+    assert Image.open(trained / "samples_000004.png").size == (96, 64)
+
+
+def test_the_same_command_again_finds_it_done(trained):
+    before = (trained / "metrics.csv").read_text()
+    assert "resuming" in run("mnist.py", *TINY, "--workdir", trained)
+    assert (trained / "metrics.csv").read_text() == before
+
+
+def test_killed_and_repeated_is_never_killed(trained, tmp_path):
+    workdir = tmp_path / "killed"
+    process = start("mnist.py", *TINY, "--workdir", workdir)
+    while not list(workdir.glob("checkpoints/[24]")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run("mnist.py", *TINY, "--workdir", workdir)
+    assert_same_run(workdir, trained)
+
+
+def test_four_devices_train_what_one_does(trained, tmp_path):
+    run("mnist.py", *TINY, "--workdir", tmp_path / "four", devices=4)
+    one, four = final_state(trained), final_state(tmp_path / "four")
+    chex.assert_trees_all_close(one.params, four.params, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", [["ancestral"], ["ddim", "--eta", "0.5"]])
+def test_sample_draws_from_a_run(trained, tmp_path, sampler):
+    common = ["--workdir", trained, "--sampling_timesteps", "3", "--seed", "5", "--sampler", *sampler]
+    run("sample.py", *common, "--num-samples", "3", "--out", tmp_path / "a.npy")
+    run("sample.py", *common, "--num_samples", "5", "--out", tmp_path / "b.npy", devices=4)
+    few, many = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    assert many.shape == (5, 32, 32, 1)
+    assert many.dtype == np.float32
+    assert np.abs(many).max() <= 1
+    np.testing.assert_allclose(few, many[:3], atol=1e-5)
+    assert np.ptp(many, axis=0).max() > 0.01
+
+
+def test_sample_writes_a_grid(trained, tmp_path):
+    run("sample.py", "--workdir", trained, "--num-samples", "7", "--out", tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size == (96, 96)
+
+
+def test_mixture_draws_its_figures_and_resumes(tmp_path):
+    args = ["--workdir", tmp_path, "--iterations", "30", "--checkpoint-every", "10"]
+    run("mixture.py", *args)
+    for name in ("figure.png", "score.png"):
+        assert Image.open(tmp_path / name).size[0] > 500
+    assert "step 30 of 30" in run("mixture.py", *args)
+
+
+def fails(capsys, monkeypatch, script, *args) -> str:
+    """Run a script in this process (four devices); it must stop with status 2 and one line on stderr, which is returned."""
+    module = __import__(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+BAD_MNIST = {
+    "--target-type pred_noise": ("pred_noise", "pred_x_0", "pred_eps", "pred_v"),
+    "--sigma-type tiny": ("tiny", "upper_bound", "lower_bound", "zero"),
+    "--noise-schedule-type sigmoid": ("sigmoid", "linear", "cosine"),
+    "--loss-type huber": ("huber", "l1", "l2"),
+    "--dataset cifar10": ("cifar10", "mnist", "fashion_mnist", "digits"),
+    "--preset large": ("large", "paper", "small"),
+    "--precision float8": ("float8", "float32", "bfloat16"),
+    "--batch-size many": ("batch-size", "many"),
+    "--no-such-flag 3": ("--no-such-flag",),
+    "--batch-size 0": ("--batch-size", "at least 1", "got 0"),
+    "--batch-size 6": ("multiple of the 4 devices", "got 6"),
+    "--iterations -5": ("--iterations", "at least 1", "got -5"),
+    "--num-timesteps 0": ("--num-timesteps", "at least 1", "got 0"),
+    "--sampling-timesteps 501": ("sampling_timesteps", "between 1 and num_timesteps = 500", "got 501"),
+    "--sampling_timesteps 0": ("sampling_timesteps", "between 1 and num_timesteps = 500", "got 0"),
+    "--dim-scales 1 2 4 8 8 8 8": ("multiples of 64", "got 32x32"),
+    "--dim-scales 1 0": ("--dim-scales", "at least 1", "(1, 0)"),
+    "--embed-dim 5": ("--embed-dim", "even", "got 5"),
+    "--learning-rate nan": ("--learning-rate", "positive", "got nan"),
+    "--ema-decay 1": ("--ema-decay", "less than 1", "got 1"),
+    "--seed -1": ("--seed", "between 0", "got -1"),
+}
+
+
+@pytest.mark.parametrize("args", BAD_MNIST)
+def test_mnist_refuses_in_one_line(capsys, monkeypatch, tmp_path, args):
+    line = fails(capsys, monkeypatch, "mnist", "--dataset", "digits", "--workdir", tmp_path / "new", *args.split())
+    assert all(part in line for part in BAD_MNIST[args]), line
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("embed-dim", "8"), ("seed", "1"), ("iterations", "9"), ("target-type", "pred_v")])
+def test_another_config_in_the_same_workdir_is_refused(capsys, monkeypatch, trained, name, value):
+    before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
+    line = fails(capsys, monkeypatch, "mnist", *TINY, "--workdir", trained, f"--{name}", value)
+    assert f"--{name}" in line
+    assert value in line
+    assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("script", ["mnist", "mixture"])
+def test_a_folder_of_other_things_is_not_a_workdir(capsys, monkeypatch, tmp_path, script):
+    (tmp_path / "thesis.tex").write_text("mine")
+    args = [*TINY] if script == "mnist" else []
+    assert str(tmp_path) in fails(capsys, monkeypatch, script, *args, "--workdir", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+BAD_SAMPLE = {
+    "--sampler euler": ("euler", "ancestral", "ddim"),
+    "--sampling-timesteps 13": ("between 1 and num_timesteps = 12", "got 13"),
+    "--sampler ddim --eta 1.5": ("eta must be between 0 and 1", "got 1.5"),
+    "--eta 0.5": ("--eta", "0 unless --sampler is ddim", "got 0.5"),
+    "--out x.jpg": ("--out", ".png or .npy", "x.jpg"),
+    "--out no/such/folder/x.png": ("--out", "folder that exists"),
+    "--num-samples 0": ("--num-samples", "at least 1", "got 0"),
+    "--workdir no/such/run": ("--workdir", "no/such/run"),
+}
+
+
+@pytest.mark.parametrize("args", BAD_SAMPLE)
+def test_sample_refuses_in_one_line(capsys, monkeypatch, trained, args):
+    workdir = [] if "--workdir" in args else ["--workdir", trained]
+    line = fails(capsys, monkeypatch, "sample", *workdir, *args.split())
+    assert all(part in line for part in BAD_SAMPLE[args]), line
+
+
+@pytest.mark.parametrize("args", ["--batch-size 0", "--ema-decay 2", "--iterations x"])
+def test_mixture_refuses_in_one_line(capsys, monkeypatch, tmp_path, args):
+    line = fails(capsys, monkeypatch, "mixture", "--workdir", tmp_path / "new", *args.split())
+    assert args.split()[1] in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_both_spellings_of_a_flag_are_the_same():
+    import mnist
+    from command_line import parse_command_line
+
+    for flag in ("--batch-size", "--batch_size"):
+        assert parse_command_line(mnist.Config(), "", [flag, "64"]).batch_size == 64
+
+
+def test_the_paper_preset_is_the_published_recipe():
+    import mnist
+
+    paper = mnist.PRESETS["paper"]
+    published = {
+        "embed_dim": 128, "dim_scales": (1, 2, 4, 8), "num_timesteps": 500, "noise_schedule_type": "cosine",
+        "target_type": "pred_x_0", "sigma_type": "upper_bound", "loss_type": "l2", "batch_size": 512, "iterations": 2000,
+        "learning_rate": 1e-3, "precision": "float32",
+    }  # fmt: skip
+    assert {name: getattr(paper, name) for name in published} == published

@@ -1,0 +1,66 @@
+"""The order in which files may know of each other, and the budget of the core."""
+
+import ast
+import importlib.metadata
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import diffusion_jax
+
+PACKAGE = Path(diffusion_jax.__file__).parent
+CORE = ("schedules", "diffusion", "sampling", "unet", "mlp")
+
+
+def imported_modules(file: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(file.read_text()))
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("module", ["schedules", "diffusion", "sampling"])
+def test_the_mathematics_knows_no_network_optimizer_checkpoint_or_data_set(module):
+    forbidden = ("flax", "optax", "orbax", "tensorflow")
+    assert not [name for name in imported_modules(PACKAGE / f"{module}.py") if name.startswith(forbidden)]
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
+def test_the_library_does_not_import_the_experiments(file):
+    scripts = {script.stem for script in (PACKAGE.parent / "experiments").glob("*.py")}
+    assert scripts
+    assert not imported_modules(file) & (scripts | {"experiments"})
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
+def test_only_the_networks_import_linen(file):
+    assert ("flax.linen" in imported_modules(file)) == (file.stem in ("unet", "mlp"))
+
+
+def test_the_core_holds_at_most_500_lines_of_code():
+    assert sum(lines_of_code(PACKAGE / f"{module}.py") for module in CORE) <= 500
+
+
+def lines_of_code(file: Path) -> int:
+    """Lines with code on them: not blank, not only a comment, not in a docstring."""
+    lines = set()
+    previous = tokenize.NEWLINE
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    with file.open("rb") as source:
+        for token in tokenize.tokenize(source.readline):
+            docstring = token.type == tokenize.STRING and previous in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+            if token.type not in (*skipped, tokenize.ENCODING) and not docstring:
+                lines.update(range(token.start[0], token.end[0] + 1))
+            if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
+                previous = token.type
+    return len(lines)
+
+
+def test_the_public_names_exist_and_the_versions_agree():
+    assert all(hasattr(diffusion_jax, name) for name in diffusion_jax.__all__)
+    assert importlib.metadata.version("diffusion-jax") == diffusion_jax.__version__

@@ -1,0 +1,119 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import MLP, UNet
+from diffusion_jax.mlp import timestep_embedding
+from diffusion_jax.unet import SelfAttention, pixel_shuffle
+
+
+def randomized(network, *inputs):
+    """Variables of `network` with nothing at zero, so that every layer shows in the output."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(network.init, jax.random.key(0), *inputs))
+    rng = np.random.default_rng(1)
+    return jax.tree.unflatten(structure, [jnp.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype) for x in leaves])
+
+
+IMAGES = (jax.random.normal(jax.random.key(2), (2, 8, 16, 3)), jnp.array([1, 7]))
+VECTORS = (jax.random.normal(jax.random.key(2), (2, 3)), jnp.array([1, 7]))
+NETWORKS = [(MLP(3, 8), VECTORS), (UNet(3, 4, (1, 2)), IMAGES), (UNet(3, 6, (2,)), IMAGES)]
+EACH = pytest.mark.parametrize(("network", "inputs"), NETWORKS, ids=["mlp", "unet2", "unet1"])
+
+
+@EACH
+def test_output_has_the_shape_of_x_t_and_depends_on_x_t_and_t(variant, network, inputs):
+    x_t, t = inputs
+    variables = randomized(network, x_t, t)
+    apply = variant(network.apply)
+    output = apply(variables, x_t, t)
+    chex.assert_equal_shape([output, x_t])
+    chex.assert_type(output, jnp.float32)
+    chex.assert_tree_all_finite(output)
+    assert jnp.abs(apply(variables, x_t, t[::-1]) - output).max() > 1e-3
+    alone = apply(variables, x_t[:1], t[:1])
+    np.testing.assert_allclose(alone, output[:1], rtol=1e-4, atol=1e-5)  # examples do not mix
+
+
+@EACH
+def test_every_parameter_and_every_input_matters(network, inputs):
+    variables = randomized(network, *inputs)
+    energy = lambda variables, x_t: (network.apply(variables, x_t, inputs[1]) ** 2).sum()  # noqa: E731
+    gradients = jax.jit(jax.grad(energy, (0, 1)))(variables, inputs[0])
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert jnp.abs(gradient).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_the_published_size():
+    """At embed_dim 128 and dim_scales 1 2 4 8 the bottleneck is 1024 wide; blocks: 2 a level each way, 2 mid, 1 out."""
+    network = UNet(1, 128, (1, 2, 4, 8))
+    inputs = jax.ShapeDtypeStruct((4, 32, 32, 1), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+    assert jax.eval_shape(network.apply, variables, *inputs).shape == (4, 32, 32, 1)
+    params = variables["params"]
+    assert len([name for name in params if "block" in name]) == 4 * 2 + 4 * 2 + 2 + 1
+    assert params["mid_block_1"]["conv_1"]["kernel"].shape == (3, 3, 1024, 1024)
+    assert params["up_3_block_1"]["conv_1"]["kernel"].shape == (3, 3, 1024 + 512, 1024)
+    assert params["down_0_block_1"]["conv_1"]["kernel"].shape == (3, 3, 128, 128)
+
+
+def test_bfloat16_computes_with_float32_parameters_and_output():
+    x_t, t = IMAGES
+    network = UNet(3, 4, (1, 2), dtype=jnp.bfloat16)
+    variables = randomized(network, x_t, t)
+    chex.assert_trees_all_equal_dtypes(variables, jax.tree.map(jnp.float32, variables))
+    half = jax.jit(network.apply)(variables, x_t, t)
+    full = jax.jit(UNet(3, 4, (1, 2)).apply)(variables, x_t, t)
+    chex.assert_type(half, jnp.float32)
+    assert 1e-5 < float(jnp.linalg.norm(half - full) / jnp.linalg.norm(full)) < 0.05
+
+
+@pytest.mark.parametrize("size", [(8, 6), (9, 8), (30, 30)])
+def test_an_image_that_cannot_be_halved_is_named(size):
+    with pytest.raises(ValueError, match=f"multiples of 4, got {size[0]}x{size[1]}"):
+        UNet(1, 4, (1, 2, 4)).init(jax.random.key(0), jnp.zeros((1, *size, 1)), jnp.ones(1, int))
+
+
+def test_timestep_embedding_by_hand(variant):
+    embedding = variant(lambda t: timestep_embedding(t, 4))(jnp.array([0, 3]))
+    angles = [3.0, 3.0 / 10_000]
+    np.testing.assert_allclose(embedding, [[0, 0, 1, 1], [*np.sin(angles), *np.cos(angles)]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [0, 2, 7])
+def test_an_embedding_too_narrow_is_named(dim):
+    with pytest.raises(ValueError, match=f"even embed_dim of at least 4, got {dim}"):
+        timestep_embedding(jnp.array([1]), dim)
+
+
+def test_pixel_shuffle_by_hand():
+    x = jnp.array([[[[0.0, 1, 2, 3], [4, 5, 6, 7]]]])  # one row of two pixels, each a 2x2 patch
+    np.testing.assert_array_equal(pixel_shuffle(x)[0, :, :, 0], [[0, 1, 4, 5], [2, 3, 6, 7]])
+
+
+def test_pixel_shuffle_after_a_dense_layer_is_a_transposed_convolution():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
+    kernel = jax.random.normal(jax.random.key(1), (4, 2, 2, 6))  # in, row, column, out
+    shuffled = pixel_shuffle(jnp.einsum("bhwc,crso->bhwrso", x, kernel).reshape(2, 3, 5, 24))
+    transposed = nn.ConvTranspose(6, (2, 2), (2, 2), padding="VALID", use_bias=False, transpose_kernel=False)
+    expected = transposed.apply({"params": {"kernel": kernel.transpose(1, 2, 0, 3)[::-1, ::-1]}}, x)
+    np.testing.assert_allclose(shuffled, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_softmax_of_q_k_over_the_root_of_head_dim():
+    x = jax.random.normal(jax.random.key(0), (2, 2, 3, 16))
+    layer = SelfAttention(jnp.float32)
+    variables = randomized(layer, x)
+    p = jax.tree.map(np.asarray, variables["params"])
+    groups = np.asarray(x).reshape(2, 6, 4, 4)
+    centred = groups - groups.mean((1, 3), keepdims=True)
+    normed = (centred / np.sqrt(centred.var((1, 3), keepdims=True) + 1e-6)).reshape(2, 6, 16)
+    normed = normed * p["norm"]["scale"] + p["norm"]["bias"]
+    q, k, v = np.moveaxis(np.einsum("bnc,cthd->bnthd", normed, p["qkv"]["kernel"]) + p["qkv"]["bias"], 2, 0)
+    logits = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(2)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    heads = np.einsum("bhnm,bmhd->bnhd", weights, v).reshape(2, 6, 16)
+    expected = np.asarray(x) + (heads @ p["out"]["kernel"] + p["out"]["bias"]).reshape(2, 2, 3, 16)
+    np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-3, atol=1e-4)

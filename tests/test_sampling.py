@@ -1,0 +1,163 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffusion_jax as dj
+from diffusion_jax.sampling import strided_timesteps
+
+SCHEDULES = [dj.linear_schedule(60), dj.cosine_schedule(60), dj.cosine_schedule(10)]
+TABLES = [
+    *(
+        lambda schedule, S, sigma=sigma: dj.ancestral_table(schedule, sigma, S)
+        for sigma in ("upper_bound", "lower_bound", "zero")
+    ),
+    *(lambda schedule, S, eta=eta: dj.ddim_table(schedule, eta, S) for eta in (0.0, 0.5, 1.0)),
+]
+EVERY_TABLE = pytest.mark.parametrize("make_table", TABLES, ids=["upper", "lower", "zero", "ddim0", "ddim.5", "ddim1"])
+STEPS = pytest.mark.parametrize("S", [1, 3, 7, 10])
+
+
+@pytest.mark.parametrize("T", [1, 2, 10, 37, 500])
+def test_every_stride_strictly_decreases_from_T_to_0(T):
+    for S in range(1, T + 1):
+        times = strided_timesteps(T, S)
+        assert len(times) == S + 1
+        assert (times[0], times[-1]) == (T, 0)
+        assert np.all(np.diff(times) < 0)
+        assert np.ptp(np.diff(times)) <= 1 + (S < T)  # evenly spaced, up to rounding at both ends
+    np.testing.assert_array_equal(strided_timesteps(T), np.arange(T, -1, -1))
+
+
+def test_strides_by_hand():
+    np.testing.assert_array_equal(strided_timesteps(500, 5), [500, 400, 300, 200, 100, 0])
+    np.testing.assert_array_equal(strided_timesteps(10, 3), [10, 7, 3, 0])
+
+
+@pytest.mark.parametrize("S", [0, -1, 11])
+@pytest.mark.parametrize("make", [dj.ancestral_table, dj.ddim_table])
+def test_a_stride_outside_1_to_T_is_named(make, S):
+    with pytest.raises(ValueError, match=rf"sampling_timesteps must be between 1 and num_timesteps = 10, got {S}"):
+        make(dj.cosine_schedule(10), sampling_timesteps=S)
+
+
+def test_tables_by_hand():
+    schedule = dj.schedule_from_beta(np.array([0.36, 0.5]))  # alpha_bar = 1, 0.64, 0.32
+    k, m, w = 0.5**0.5 * 0.36 / 0.68, 0.8 * 0.5 / 0.68, 0.5 * 0.36 / 0.68
+    for sigma_type, variance in (("upper_bound", 0.5), ("lower_bound", w), ("zero", 0)):
+        table = dj.ancestral_table(schedule, sigma_type)
+        np.testing.assert_array_equal(table.t, [2, 1])
+        np.testing.assert_allclose(np.stack(table[1:]), [[k, 0], [m, 1], [variance**0.5, 0]], atol=1e-15)
+    table = dj.ddim_table(schedule)
+    a = 0.6 / 0.68**0.5
+    np.testing.assert_allclose(np.stack(table[1:]), [[a, 0], [0.8 - a * 0.32**0.5, 1], [0, 0]], atol=1e-15)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@STEPS
+@pytest.mark.parametrize("make_table", [TABLES[1], *TABLES[3:]], ids=["lower", "ddim0", "ddim.5", "ddim1"])
+def test_steps_that_know_x_0_keep_the_forward_marginals(schedule, S, make_table):
+    """If x_0 is a known point, q(x_t | x_0) must go to q(x_s | x_0) (Song et al. 2021, lemma 1)."""
+    table, times = make_table(schedule, S), strided_timesteps(schedule.num_timesteps, S)
+    alpha_bar_t, alpha_bar_s = schedule.alpha_bar[times[:-1]], schedule.alpha_bar[times[1:]]
+    np.testing.assert_allclose(table.a * alpha_bar_t**0.5 + table.b, alpha_bar_s**0.5, rtol=1e-12)
+    np.testing.assert_allclose(table.a**2 * (1 - alpha_bar_t) + table.c**2, 1 - alpha_bar_s, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@STEPS
+def test_the_upper_bound_is_exact_for_standard_normal_data(schedule, S):
+    """For x_0 ~ N(0, I) the best x_0_hat is sqrt(alpha_bar_t) x_t, and every x_t is N(0, I) (Ho et al. 2020, sec. 3.2)."""
+    table = dj.ancestral_table(schedule, "upper_bound", S)
+    gain = table.a + table.b * schedule.alpha_bar[table.t] ** 0.5
+    np.testing.assert_allclose((gain**2 + table.c**2)[:-1], 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@STEPS
+def test_ddim_at_eta_1_is_the_lower_bound_and_zero_is_neither(schedule, S):
+    ddim, lower = dj.ddim_table(schedule, 1.0, S), dj.ancestral_table(schedule, "lower_bound", S)
+    np.testing.assert_allclose(np.stack(ddim), np.stack(lower), atol=1e-10)
+    if S > 1:
+        zero = dj.ancestral_table(schedule, "zero", S)
+        assert np.all(zero.c == 0)
+        assert np.abs(zero.a - dj.ddim_table(schedule, 0.0, S).a).max() > 0.01
+
+
+@EVERY_TABLE
+@STEPS
+def test_a_denoiser_that_knows_the_answer_is_believed(variant, keys, make_table, S):
+    x_0 = jnp.arange(6.0).reshape(1, 2, 3)
+    answer = lambda x_t, t: jnp.broadcast_to(x_0, x_t.shape)  # noqa: E731
+    draw = variant(lambda table, keys: dj.sample(answer, table, keys, (2, 3)))
+    np.testing.assert_array_equal(draw(make_table(SCHEDULES[2], S), keys), answer(jnp.zeros((8, 2, 3)), 0))
+
+
+@EVERY_TABLE
+@pytest.mark.parametrize("shape", [(2,), (4, 4, 1)])
+def test_sample_is_the_end_of_its_trajectory(variant, keys, make_table, shape):
+    table = make_table(SCHEDULES[2], 4)
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append((x_t.shape, t.shape, t.dtype.name))
+        return jnp.tanh(x_t)
+
+    path = variant(lambda table, keys: dj.sample_trajectory(denoise, table, keys, shape))(table, keys)
+    x_0 = variant(lambda table, keys: dj.sample(denoise, table, keys, shape))(table, keys)
+    chex.assert_shape(path, (5, 8, *shape))
+    chex.assert_type([path, x_0], jnp.float32)
+    np.testing.assert_array_equal(path[0], x_0)
+    assert set(seen) == {((8, *shape), (8,), "int32")}
+
+
+@EVERY_TABLE
+def test_each_step_is_eq_11_with_fresh_noise(keys, make_table):
+    """Solve each step of a trajectory for its noise: standard, and independent of that of the other steps."""
+    schedule, shape = SCHEDULES[2], (4000,)
+    table = make_table(schedule, 4)
+    path = np.asarray(dj.sample_trajectory(lambda x_t, t: 0.3 * x_t, table, keys, shape))[::-1]
+    noises = [path[0]]
+    for i in range(4):
+        rest = path[i + 1] - (table.a[i] + 0.3 * table.b[i]) * path[i]
+        if table.c[i] == 0:
+            np.testing.assert_allclose(rest, 0, atol=1e-5)
+        else:
+            noises.append(rest / table.c[i])
+    flat = np.stack(noises).reshape(len(noises), -1)
+    np.testing.assert_allclose(flat.mean(1), 0, atol=5 / 32_000**0.5)
+    np.testing.assert_allclose(flat @ flat.T / 32_000, np.eye(len(flat)), atol=5 * (2 / 32_000) ** 0.5)
+
+
+def test_a_sample_depends_on_its_key_alone(keys):
+    table = dj.ancestral_table(SCHEDULES[2])
+    draw = jax.jit(lambda keys: dj.sample_trajectory(lambda x_t, t: jnp.tanh(x_t), table, keys, (5,)))
+    whole, part = draw(keys), draw(keys[2:5])
+    np.testing.assert_array_equal(whole[-1, 2:5], part[-1])
+    np.testing.assert_allclose(whole[:, 2:5], part, rtol=1e-6, atol=1e-6)
+    assert len(np.unique(np.asarray(whole[-1]).ravel())) == whole[-1].size
+
+
+def test_another_sampler_of_as_many_steps_does_not_recompile(keys):
+    traces = []
+
+    @jax.jit
+    def draw(table, keys):
+        traces.append(0)
+        return dj.sample(lambda x_t, t: 0.5 * x_t, table, keys, (3,))
+
+    for make_table in TABLES:
+        draw(make_table(SCHEDULES[0], 5), keys)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
+def test_eta_outside_0_to_1_is_named(eta):
+    with pytest.raises(ValueError, match=f"eta must be between 0 and 1, got {eta}"):
+        dj.ddim_table(SCHEDULES[0], eta)
+
+
+def test_an_unknown_sigma_type_is_named():
+    with pytest.raises(ValueError, match="sigma_type must be one of upper_bound, lower_bound, zero; got 'beta'"):
+        dj.ancestral_table(SCHEDULES[0], "beta")

@@ -1,0 +1,182 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import diffusion_jax as dj
+from diffusion_jax.checkpoints import open_checkpoints, restore_latest, save
+
+SCHEDULE = dj.cosine_schedule(10)
+NETWORKS = {"mlp": (dj.MLP(2, 8), (2,)), "unet": (dj.UNet(1, 4, (1,)), (4, 4, 1))}
+
+
+def setup(name, optimizer=None):
+    """A fresh state and step(state, x_0, examples), as an experiment would write it."""
+    network, shape = NETWORKS[name]
+    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *shape)), jnp.ones(1, jnp.int32))["params"]
+    state = dj.create_train_state(network.apply, params, optimizer or dj.adam_with_cosine_decay(1e-3, 20))
+
+    def loss_fn(params, x_0, keys):
+        return dj.diffusion_loss(SCHEDULE, partial(network.apply, {"params": params}), x_0, keys, "pred_v")
+
+    def step(state, x_0, examples, mean_over_devices):
+        keys = dj.example_keys(jax.random.fold_in(jax.random.key(1), state.step), examples)
+        return dj.train_step(state, x_0, keys, loss_fn=loss_fn, ema_decay=0.9, mean_over_devices=mean_over_devices)
+
+    return state, step, jax.random.normal(jax.random.key(2), (8, *shape))
+
+
+def compile_step(step, num_devices, **options):
+    return dj.over_devices(step, (None, 0, 0), None, num_devices, **options)
+
+
+def run(step, state, x_0, count):
+    losses = []
+    for _ in range(count):
+        state, metrics = step(state, x_0, jnp.arange(8))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_four_devices_are_there():
+    assert jax.local_device_count() == 4
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_step_is_compiled_once(devices):
+    state, step, x_0 = setup("mlp")
+    traces = []
+
+    def traced(*args, **kwargs):
+        traces.append(0)
+        return step(*args, **kwargs)
+
+    run(compile_step(traced, devices), state, x_0, 3)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_and_four_devices_train_alike(name):
+    state, step, x_0 = setup(name)
+    one, one_losses = run(compile_step(step, 1), state, x_0, 5)
+    four, four_losses = run(compile_step(step, 4), state, x_0, 5)
+    np.testing.assert_allclose(one_losses, four_losses, rtol=1e-5)
+    assert four.step == 5
+    for tree in ("params", "ema_params"):
+        chex.assert_trees_all_equal_shapes_and_dtypes(getattr(one, tree), getattr(four, tree))
+        chex.assert_trees_all_close(getattr(one, tree), getattr(four, tree), atol=1e-5, rtol=0)
+
+
+def test_the_gradient_of_many_devices_is_that_of_one():
+    """With plain gradient descent at rate 1 the parameters' difference is the gradient itself, its scale included."""
+    state, step, x_0 = setup("mlp", optax.sgd(1.0))
+    moved = [
+        jax.tree.map(jnp.subtract, compile_step(step, devices)(state, x_0, jnp.arange(8))[0].params, state.params)
+        for devices in (1, 2, 4)
+    ]
+    assert optax.tree.norm(moved[0]) > 0.01
+    for other in moved[1:]:
+        chex.assert_trees_all_close(moved[0], other, atol=1e-6, rtol=1e-4)
+
+
+def test_jit_changes_nothing(variant):
+    state, step, x_0 = setup("mlp")
+    with_identity = variant(partial(step, mean_over_devices=lambda tree: tree))
+    reference, expected = step(state, x_0, jnp.arange(8), lambda tree: tree)
+    new, metrics = with_identity(state, x_0, jnp.arange(8))
+    chex.assert_trees_all_close(new.params, reference.params, atol=1e-6)
+    chex.assert_trees_all_close(metrics, expected, rtol=1e-5)
+
+
+def test_training_lowers_the_loss():
+    state, step, x_0 = setup("mlp", optax.adam(1e-2))
+    _, losses = run(compile_step(step, 1), state, 0.1 * x_0, 300)
+    assert np.mean(losses[-50:]) < 0.7 * np.mean(losses[:50])
+
+
+def test_the_average_follows_the_parameters_by_its_recursion():
+    state, step, x_0 = setup("mlp")
+    step, ema = compile_step(step, 1), state.params
+    for number in range(1, 5):
+        state, _ = step(state, x_0, jnp.arange(8))
+        decay = min(0.9, (1 + number) / (10 + number))
+        ema = jax.tree.map(lambda old, new, decay=decay: decay * old + (1 - decay) * new, ema, state.params)
+        chex.assert_trees_all_close(state.ema_params, ema, rtol=1e-5, atol=1e-7)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, ema, state.params)) > 0
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_donating_the_state_is_safe(devices):
+    state, step, x_0 = setup("mlp")
+    expected, _ = run(compile_step(step, devices), state, x_0, 3)
+    donated, _ = run(compile_step(step, devices, donate_argnums=(0,)), setup("mlp")[0], x_0, 3)
+    chex.assert_trees_all_equal(donated.params, expected.params)
+
+
+def test_adam_decays_along_a_half_cosine():
+    optimizer = dj.adam_with_cosine_decay(0.1, 4)
+    params = jnp.zeros(1)
+    state, moves = optimizer.init(params), []
+    for _ in range(5):
+        update, state = optimizer.update(jnp.ones(1), state, params)
+        moves.append(float(update[0]))
+    np.testing.assert_allclose(moves, -0.05 * (1 + np.cos(np.pi * np.arange(5) / 4)), atol=1e-6)
+
+
+def test_a_batch_that_devices_cannot_share_is_named():
+    state, step, x_0 = setup("mlp")
+    with pytest.raises(ValueError, match="multiple of the 4 devices, got 6"):
+        compile_step(step, 4)(state, x_0[:6], jnp.arange(6))
+
+
+@pytest.mark.parametrize("sample_fn", [dj.sample, dj.sample_trajectory])
+def test_samples_do_not_depend_on_the_devices(sample_fn):
+    network, shape = NETWORKS["unet"]
+    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *shape)), jnp.ones(1, jnp.int32))["params"]
+    params = jax.tree.map(lambda x: x + 0.05, params)
+    table = dj.ancestral_table(SCHEDULE, sampling_timesteps=4)
+
+    def draw(params, table, examples):
+        denoise = dj.make_denoiser(SCHEDULE, partial(network.apply, {"params": params}), "pred_v", clip=1.0)
+        return sample_fn(denoise, table, dj.example_keys(jax.random.key(7), examples), shape)
+
+    axis = 1 if sample_fn is dj.sample_trajectory else 0
+    one, four = (dj.over_devices(draw, (None, None, 0), axis, n)(params, table, jnp.arange(8)) for n in (1, 4))
+    part = dj.over_devices(draw, (None, None, 0), axis, 1)(params, table, jnp.arange(2, 5))
+    assert one.shape[axis:] == (8, *shape)
+    np.testing.assert_allclose(one, four, atol=1e-5)
+    np.testing.assert_allclose(jnp.take(one, jnp.arange(2, 5), axis), part, atol=1e-5)
+    if axis:
+        np.testing.assert_array_equal(one[-1], four[-1])
+
+
+def test_save_restore_continue_equals_never_stopping(tmp_path):
+    state, step, x_0 = setup("mlp")
+    step = compile_step(step, 1, donate_argnums=(0,))
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert restore_latest(checkpoints, state) is state
+        state, first = run(step, state, x_0, 3)
+        save(checkpoints, state)
+        save(checkpoints, state)  # the same step again: nothing to do
+        state, rest = run(step, state, x_0, 4)  # goes on, and reuses the memory, while the save may still be under way
+    with open_checkpoints(tmp_path) as checkpoints:
+        restored = restore_latest(checkpoints, setup("mlp")[0])
+    assert restored.step == 3
+    resumed, again = run(step, restored, x_0, 4)
+    assert rest == again != first
+    for tree in ("step", "params", "ema_params", "opt_state"):
+        chex.assert_trees_all_equal(getattr(resumed, tree), getattr(state, tree))
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    state, step, x_0 = setup("mlp")
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        for _ in range(4):
+            state, _ = run(compile_step(step, 1), state, x_0, 1)
+            save(checkpoints, state)
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert list(checkpoints.all_steps()) == [3, 4]
