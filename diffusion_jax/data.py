@@ -90,7 +90,7 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None) -> ImageData:
     from tensorflow_datasets.core import constants
 
     logging.set_verbosity(logging.ERROR)
-    data_dir = os.path.expanduser(data_dir or constants.DATA_PATH)
+    data_dir = os.path.expanduser(data_dir or constants.DATA_DIR)
     prepared = _tensorflow_free_builder(name)(data_dir=data_dir)
     if not Path(prepared.data_path).exists():
         if problem := _why_unreachable(prepared.URL):

@@ -109,4 +109,4 @@ def _normal(keys: Array, t: int | Array, shape: tuple[int, ...]) -> Array:
 
 
 def _on_device(table: SamplerTable) -> SamplerTable:
-    return SamplerTable(*map(jnp.asarray, table))
+    return jax.tree.map(jnp.asarray, table)

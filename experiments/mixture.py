@@ -7,6 +7,7 @@ import dataclasses
 import math
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from jaxtyping import Array, Float, Key
 from workdir import open_workdir, train_in
 
 import diffusion_jax as dj
-from diffusion_jax.diffusion import Predict
 from diffusion_jax.sampling import strided_timesteps
 
 NUM_TIMESTEPS = 10
@@ -75,7 +75,9 @@ def main() -> None:
 
     state = train_in(workdir, state, lambda state, _: step(state), config.iterations, config.checkpoint_every)
 
-    predict: Predict = partial(network.apply, {"params": state.ema_params})
+    def predict(x_t: Array, t: Array) -> Any:
+        return network.apply({"params": state.ema_params}, x_t, t)
+
     denoise = dj.make_denoiser(schedule, predict, TARGET_TYPE)
     numbers = jnp.arange(NUM_SHOWN)
     data = jax.vmap(draw_mixture)(dj.example_keys(data_key, numbers))

@@ -116,6 +116,14 @@ def test_a_data_set_asked_for_by_name_is_never_replaced(out_of_reach, tmp_path, 
         data.load_dataset(name, tmp_path)
 
 
+def test_the_default_directory_is_that_of_tfds(out_of_reach, tmp_path, monkeypatch):
+    from tensorflow_datasets.core import constants
+
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
+    with pytest.raises(data.DataUnavailable, match=f"not prepared in {tmp_path}"):
+        data.load_dataset("mnist")
+
+
 def test_the_embedded_digits_are_images_of_digits():
     loaded = data.load_dataset("digits")
     assert loaded.images.shape == (1797, 28, 28, 1)
