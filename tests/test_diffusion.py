@@ -7,7 +7,7 @@ import pytest
 import diffusion_jax as dj
 
 TARGETS = ("pred_x_0", "pred_eps", "pred_v")
-SHAPES = [(2,), (4, 4, 1), (2, 3, 2, 2)]
+SHAPES = [(2,), (4, 4, 1)]
 TWO_STEPS = dj.schedule_from_beta(np.array([0.36, 0.5]))  # sqrt(alpha_bar_1) = 0.8, sqrt(1 - alpha_bar_1) = 0.6
 
 
