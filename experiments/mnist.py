@@ -74,7 +74,16 @@ class Config:
 MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples"}
 PRESETS = {
     "paper": Config(),
-    "small": Config(preset="small", embed_dim=8, batch_size=32, iterations=2500, learning_rate=2e-3, ema_decay=0.995),
+    "small": Config(
+        preset="small",
+        iterations=1200,
+        batch_size=32,
+        embed_dim=8,
+        dim_scales=(1, 4, 8, 16),
+        learning_rate=2e-3,
+        ema_decay=0.99,
+        checkpoint_every=200,
+    ),
 }
 
 
