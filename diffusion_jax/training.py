@@ -77,21 +77,19 @@ def over_devices(
     if num_devices == 1:
         fn = partial(fn, mean_over_devices=lambda tree: tree) if out_axes is None else fn
         return jax.jit(fn, donate_argnums=donate_argnums)
-    devices = jax.local_devices()[:num_devices]
-    everywhere = NamedSharding(Mesh(devices, AXIS_NAME), PartitionSpec())
     pmean = partial(jax.lax.pmean, axis_name=AXIS_NAME)
     mapped = jax.pmap(
         partial(fn, mean_over_devices=pmean) if out_axes is None else fn,
         axis_name=AXIS_NAME,
         in_axes=in_axes,
         out_axes=out_axes,
-        devices=devices,
+        devices=jax.local_devices()[:num_devices],
         donate_argnums=donate_argnums,
     )
 
     def place(arg, axis):
-        if axis is None:  # where the results are, so that the next call finds the same placement and does not compile again
-            return jax.device_put(arg, everywhere)
+        if axis is None:  # as the results are, so that the next call finds the same placement and does not compile again
+            return replicate(arg, num_devices)
         check_divisible(len(arg), num_devices)
         return arg.reshape(num_devices, -1, *arg.shape[1:])
 
@@ -103,6 +101,14 @@ def over_devices(
         return result if out_axes is None else jax.tree.map(partial(join, axis=out_axes), result)
 
     return compiled
+
+
+def replicate(tree: PyTree, num_devices: int = 1) -> PyTree:
+    """The arrays of `tree` on each of the first `num_devices` devices; what a compiled function reads often is placed once."""
+    if num_devices == 1:
+        return jax.device_put(tree)
+    mesh = Mesh(jax.local_devices()[:num_devices], AXIS_NAME)
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def check_divisible(batch_size: int, num_devices: int) -> None:

@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -25,7 +24,7 @@ import diffusion_jax as dj
 from diffusion_jax.data import DatasetName, batch_indices, load_dataset, to_model_input
 from diffusion_jax.diffusion import LossType, TargetType
 from diffusion_jax.sampling import SigmaType
-from diffusion_jax.training import check_divisible
+from diffusion_jax.training import check_divisible, replicate
 
 IMAGE_SHAPE = (32, 32, 1)
 SCHEDULES = {"linear": dj.linear_schedule, "cosine": dj.cosine_schedule}
@@ -132,15 +131,16 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, images: np.ndarray, ke
             loss_fn=loss_fn, ema_decay=config.ema_decay, mean_over_devices=mean_over_devices,
         )  # fmt: skip
 
-    compiled = dj.over_devices(step, (None, None, 0, 0), None, jax.local_device_count(), donate_argnums=(0,))
-    on_device, examples = jnp.asarray(images), jnp.arange(config.batch_size)
+    num_devices = jax.local_device_count()
+    compiled = dj.over_devices(step, (None, None, 0, 0), None, num_devices, donate_argnums=(0,))
+    on_device, examples = replicate(images, num_devices), jnp.arange(config.batch_size)
     return lambda state, number: compiled(
         state, on_device, batch_indices(config.seed, number, config.batch_size, len(images)), examples
     )
 
 
 def make_sampler(config: Config, schedule: dj.NoiseSchedule, sample_fn: Callable = dj.sample) -> Callable:
-    """draw(params, table, key, count) -> samples in [-1, 1], on all devices; `sample_fn` may be `sample_trajectory`."""
+    """draw(params, table, key, first, count) -> samples first, first + 1, ... in [-1, 1], drawn on all devices."""
     network, num_devices = make_network(config), jax.local_device_count()
 
     def draw(params, table, key, examples):
@@ -189,7 +189,7 @@ def main() -> None:
     draw_path = make_sampler(config, schedule, dj.sample_trajectory)
     path = draw_path(state.ema_params, table, sample_key, 0, config.num_samples)
     real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples])))
-    save_noise_figure(Path(workdir) / "figure.png", real, path)
+    save_noise_figure(workdir / "figure.png", real, path)
     print(f"wrote {workdir / 'figure.png'}")
 
 

@@ -49,14 +49,15 @@ def test_four_devices_are_there():
 @pytest.mark.parametrize("devices", [1, 4])
 def test_the_step_is_compiled_once(devices):
     state, step, x_0 = setup("mlp")
-    traces = []
-
-    def traced(*args, **kwargs):
-        traces.append(0)
-        return step(*args, **kwargs)
-
-    run(compile_step(traced, devices), state, x_0, 3)
-    assert len(traces) == 1
+    step = compile_step(step, devices)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, _, **__: compiled.append(event))
+    is_compile = lambda event: event.endswith("backend_compile_duration")  # noqa: E731
+    state, _ = run(step, state, x_0, 1)
+    assert any(map(is_compile, compiled))
+    compiled.clear()
+    run(step, state, x_0, 2)
+    assert not any(map(is_compile, compiled))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
