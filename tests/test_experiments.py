@@ -29,14 +29,19 @@ def start(script: str, *args: str, devices: int = 1) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | COMPILED_ONCE
     command = [sys.executable, str(EXPERIMENTS / script), *map(str, args)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads fills up and stops the script
+    process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+    process.said = said
+    return process
 
 
 def run(script: str, *args: str, devices: int = 1) -> str:
     process = start(script, *args, devices=devices)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out + err
+    process.wait(timeout=300)
+    process.said.seek(0)
+    said = process.said.read()
+    assert process.returncode == 0, said
+    return said
 
 
 def final_state(workdir: Path) -> dj.TrainState:
