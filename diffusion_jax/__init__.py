@@ -1,6 +1,6 @@
 """Denoising diffusion as pure functions: noise schedules, the loss, and every sampler as a table of affine steps."""
 
-from diffusion_jax.diffusion import convert, diffusion_loss, make_denoiser, posterior, q_sample
+from diffusion_jax.diffusion import convert, diffusion_loss, loss_at, make_denoiser, posterior, q_sample
 from diffusion_jax.mlp import MLP
 from diffusion_jax.sampling import SamplerTable, ancestral_table, ddim_table, sample, sample_trajectory
 from diffusion_jax.schedules import NoiseSchedule, cosine_schedule, linear_schedule, schedule_from_beta
@@ -31,6 +31,7 @@ __all__ = [
     "diffusion_loss",
     "example_keys",
     "linear_schedule",
+    "loss_at",
     "make_denoiser",
     "over_devices",
     "posterior",

@@ -110,14 +110,30 @@ def diffusion_loss(
 ) -> Float[Array, "B *shape"]:
     """The unreduced training loss of each example, at its own t ~ Uniform{1..T} and eps ~ N(0, I) [Ho et al. 2020, eq. 14].
 
-    "l2" is half the squared error, "l1" the absolute error, per element and unweighted. Each example's t and eps come from
-    its own key, so they do not depend on which batch or device it is in. Raises ValueError on an unknown type.
+    Each example's t and eps come from its own key, so they do not depend on which batch or device it is in. The loss itself
+    is `loss_at`. Raises ValueError on an unknown type.
     """
-    _check_choice("target_type", target_type, get_args(TargetType))
-    _check_choice("loss_type", loss_type, get_args(LossType))
     t_keys, eps_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     t = jax.vmap(lambda key: jax.random.randint(key, (), 1, schedule.num_timesteps + 1))(t_keys)
     eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], x_0.dtype))(eps_keys)
+    return loss_at(schedule, predict, x_0, t, eps, target_type, loss_type)
+
+
+def loss_at(
+    schedule: NoiseSchedule,
+    predict: Predict,
+    x_0: Float[Array, "B *shape"],
+    t: Int[Array, " B"],
+    eps: Float[Array, "B *shape"],
+    target_type: str = "pred_eps",
+    loss_type: str = "l2",
+) -> Float[Array, "B *shape"]:
+    """The distance of the network's prediction at x_t (eq. 4) to its target, per element and unweighted.
+
+    "l2" is half the squared error, "l1" the absolute error. Raises ValueError on an unknown type.
+    """
+    _check_choice("target_type", target_type, get_args(TargetType))
+    _check_choice("loss_type", loss_type, get_args(LossType))
     x_t = q_sample(schedule, x_0, t, eps)
     target = x_0 if target_type == "pred_x_0" else convert(schedule, eps, x_t, t, "pred_eps", target_type)
     error = predict(x_t, t) - target

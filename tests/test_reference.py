@@ -1,0 +1,93 @@
+"""Parity with the original PyTorch code, by numbers that it computed (tests/reference/README.md)."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffusion_jax as dj
+from diffusion_jax import sampling
+
+with np.load(Path(__file__).parent / "reference" / "reference.npz") as file:
+    REFERENCE = dict(file)
+LOSSES = [name for name in REFERENCE if "/loss/" in name]
+PATHS = [name for name in REFERENCE if "/path/" in name]
+WITHOUT_DIVISION = [name for name in LOSSES + PATHS if "pred_eps" not in name]
+
+
+def schedule_of(commit: str, name: str, T: int) -> dj.NoiseSchedule:
+    """Our cosine schedule; the original's linear one, which differs on purpose, from its own alpha_bar."""
+    if name == "cosine":
+        return dj.cosine_schedule(T)
+    alpha_bar = REFERENCE[f"{commit}/alpha_bar/linear/{T}/float64"]
+    beta = np.concatenate([[0.0], 1 - alpha_bar[1:] / alpha_bar[:-1]])
+    return dj.NoiseSchedule(beta, alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+
+
+def predict_at(T: int):
+    W1, b, W2 = (jnp.asarray(REFERENCE[name]) for name in ("W1", "b", "W2"))
+    return lambda x_t, t: jnp.tanh(x_t @ W1 + t.astype(b.dtype)[:, None] / T * b[None]) @ W2
+
+
+def our_loss(name: str):
+    commit, _, schedule, target_type, loss_type = name.split("/")
+    x_0, t, eps = (jnp.asarray(REFERENCE[part]) for part in ("x_0", "t", "eps"))
+    return dj.loss_at(schedule_of(commit, schedule, 10), predict_at(10), x_0, t, eps, target_type, loss_type)
+
+
+def our_path(name: str, monkeypatch):
+    commit, _, schedule, target_type, variance, steps = name.split("/")
+    T, S = map(int, steps.split("-"))
+    schedule = schedule_of(commit, schedule, T)
+    if commit == "new":
+        table = dj.ddim_table(schedule, {"ddim": 0.0, "ddpm": 1.0}[variance], S)
+    else:
+        table = dj.ancestral_table(schedule, variance, S)
+    order = {0: 0, **{int(t): number + 1 for number, t in enumerate(table.t)}}
+    noise = jnp.asarray(REFERENCE[f"noise/{steps}"])[np.array([order.get(t, 0) for t in range(T + 1)])]
+    monkeypatch.setattr(sampling, "_normal", lambda keys, t, shape: noise[t])
+    denoise = dj.make_denoiser(schedule, predict_at(T), target_type)
+    return dj.sample_trajectory(denoise, table, jax.random.split(jax.random.key(0), 3), (2,))
+
+
+@pytest.mark.parametrize("T", [10, 500])
+@pytest.mark.parametrize("commit", ["old", "new"])
+def test_the_cosine_table(commit, T):
+    expected = REFERENCE[f"{commit}/alpha_bar/cosine/{T}/float64"]
+    np.testing.assert_allclose(dj.cosine_schedule(T).alpha_bar, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_in_float64(name):
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(our_loss(name), REFERENCE[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_trajectories_in_float64(name, monkeypatch):
+    with jax.enable_x64(True):
+        path = our_path(name, monkeypatch)
+    scale = np.abs(REFERENCE[name]).max()
+    assert path.dtype == jnp.float64
+    np.testing.assert_allclose(path, REFERENCE[name], rtol=1e-7, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("name", WITHOUT_DIVISION)
+def test_losses_and_trajectories_in_float32(name, monkeypatch):
+    ours = our_loss(name) if "/loss/" in name else our_path(name, monkeypatch)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, REFERENCE[name], rtol=1e-5, atol=1e-5)
+
+
+def test_where_the_original_differs():
+    """The reasons for the differences that README.md lists, as the original's own numbers."""
+    linear = REFERENCE["old/alpha_bar/linear/10/float64"]
+    assert linear[0] == 1 - 1e-4  # not the data
+    assert linear[-1] > 0.89  # not noise, where ours is
+    assert dj.linear_schedule(10).alpha_bar[0] == 1
+    assert dj.linear_schedule(10).alpha_bar[-1] < 1e-4
+    noise = [np.sqrt(1 - np.float64(REFERENCE[f"old/alpha_bar/cosine/500/{kind}"][1])) for kind in ("float32", "float64")]
+    assert abs(noise[0] / noise[1] - 1) > 2e-4  # its float32 table
+    assert abs(np.float32(dj.cosine_schedule(500).sqrt_one_minus_alpha_bar[1]) / noise[1] - 1) < 1e-7
