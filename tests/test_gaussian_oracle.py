@@ -1,0 +1,135 @@
+"""For data N(mu, Sigma) the best denoiser is linear, so every sampler's output is Gaussian with a mean and a covariance that
+follow an exact recursion. Here the recursion is written twice: from the implementation's tables, and without them."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffusion_jax as dj
+
+T = 500
+MU = np.array([0.7, -0.4])
+SIGMA = np.array([[0.9, 0.5], [0.5, 0.6]])
+SAMPLERS = {
+    **{name: partial(dj.ancestral_table, sigma_type=name) for name in ("upper_bound", "lower_bound", "zero")},
+    **{f"ddim {eta}": partial(dj.ddim_table, eta=eta) for eta in (0.0, 0.5, 1.0)},
+}
+EVERY_SAMPLER = pytest.mark.parametrize("name", SAMPLERS)
+EVERY_LENGTH = pytest.mark.parametrize("S", [3, 10, 50, 500])
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", ["linear", "cosine"])
+
+
+def table_and_schedule(name: str, schedule: str, S: int) -> tuple[dj.SamplerTable, dj.NoiseSchedule]:
+    made = {"linear": dj.linear_schedule, "cosine": dj.cosine_schedule}[schedule](T)
+    return SAMPLERS[name](made, sampling_timesteps=S), made
+
+
+def linear_denoiser(a: float, s: float) -> tuple[np.ndarray, np.ndarray]:
+    """G and g of E[x_0 | x_t] = G x_t + g, by the regression of x_0 on x_t = a x_0 + s eps."""
+    G = a * SIGMA @ np.linalg.inv(a**2 * SIGMA + s**2 * np.eye(2))
+    return G, MU - a * G @ MU
+
+
+def moments_by_table(table: dj.SamplerTable, schedule: dj.NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of x_0 by eq. 11 with the implementation's coefficients."""
+    mean, covariance = np.zeros(2), np.eye(2)
+    for t, a, b, c in zip(*table, strict=True):
+        G, g = linear_denoiser(schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t])
+        M = a * np.eye(2) + b * G
+        mean, covariance = M @ mean + b * g, M @ covariance @ M.T + c**2 * np.eye(2)
+    return mean, covariance
+
+
+def log_alpha_bar_by_hand(schedule: str) -> list[float]:
+    if schedule == "cosine":
+        f = [2 * math.log(math.cos((t / T + 0.008) / 1.008 * math.pi / 2)) for t in range(T)]
+        return [value - f[0] for value in f] + [f[-1] - f[0] + math.log(0.001)]
+    logs = np.concatenate([[0], np.cumsum(np.log1p(-np.linspace(1e-4, 0.02, 1000)))])
+    return [float(logs[2 * t]) for t in range(T + 1)]
+
+
+def moments_by_hand(name: str, schedule: str, S: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same without the implementation: along each principal axis, where data are N(m, v), one number at a time.
+
+    Ancestral steps combine two Gaussian messages about x_s, from x_0_hat and from x_t, by adding their precisions; DDIM steps
+    are Song et al.'s eqs. 12 and 16 in eps_hat.
+    """
+    logs = log_alpha_bar_by_hand(schedule)
+    times = [round(T * i / S) for i in range(S, -1, -1)]
+    variances, axes = np.linalg.eigh(SIGMA)
+    results = []
+    for m, v in zip(axes.T @ MU, variances, strict=True):
+        mean, variance = 0.0, 1.0
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            noise_t, noise_s = -math.expm1(logs[t]), -math.expm1(logs[s])
+            signal_t, signal_s = math.exp(logs[t] / 2), math.exp(logs[s] / 2)
+            step_signal, step_noise = math.exp((logs[t] - logs[s]) / 2), -math.expm1(logs[t] - logs[s])
+            precision = 1 / v + signal_t**2 / noise_t  # of x_0 given x_t
+            gain, offset = signal_t / noise_t / precision, m / v / precision
+            if s == 0:
+                on_x_t, on_x_0_hat, added = 0.0, 1.0, 0.0
+            elif name.startswith("ddim"):
+                sigma_2 = float(name.split()[1]) ** 2 * noise_s / noise_t * step_noise
+                on_eps_hat = math.sqrt(max(noise_s - sigma_2, 0))
+                on_x_t = on_eps_hat / math.sqrt(noise_t)
+                on_x_0_hat = signal_s - on_eps_hat * signal_t / math.sqrt(noise_t)
+                added = sigma_2
+            else:
+                posterior = 1 / (1 / noise_s + step_signal**2 / step_noise)
+                on_x_t, on_x_0_hat = posterior * step_signal / step_noise, posterior * signal_s / noise_s
+                added = {"upper_bound": step_noise, "lower_bound": posterior, "zero": 0.0}[name]
+            mean = on_x_t * mean + on_x_0_hat * (gain * mean + offset)
+            variance = (on_x_t + on_x_0_hat * gain) ** 2 * variance + added
+        results.append((mean, variance))
+    means, variances = np.array(results).T
+    return axes @ means, axes @ np.diag(variances) @ axes.T
+
+
+@EVERY_SAMPLER
+@EVERY_LENGTH
+@EVERY_SCHEDULE
+def test_the_tables_give_the_moments_derived_by_hand(name, schedule, S):
+    mean, covariance = moments_by_table(*table_and_schedule(name, schedule, S))
+    by_hand = moments_by_hand(name, schedule, S)
+    np.testing.assert_allclose(mean, by_hand[0], atol=1e-10)
+    np.testing.assert_allclose(covariance, by_hand[1], atol=1e-10)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "zero"])
+def test_all_the_steps_recover_the_data(name, schedule):
+    """The error of a sampler that is right falls as 1 / S, so at S = T = 500 it is small; the posterior's mean is not one."""
+    covariances = [moments_by_hand(name, schedule, S)[1] for S in (50, 500)]
+    errors = [np.abs(covariance - SIGMA).max() for covariance in covariances]
+    assert errors[1] < 0.02
+    assert 5 < errors[0] / errors[1] < 20
+    assert np.abs(moments_by_hand("zero", schedule, 500)[1] - SIGMA).max() > 0.3
+
+
+@pytest.fixture(scope="module")
+def draw():
+    """The real `sample` with the best denoiser, 8 keys of 4000 points each; compiled once for each length of table."""
+    schedule = dj.cosine_schedule(T)
+    gains = [linear_denoiser(*pair) for pair in zip(schedule.sqrt_alpha_bar[1:], schedule.sqrt_one_minus_alpha_bar[1:], strict=True)]
+    G, g = (jnp.asarray(np.stack(part), jnp.float32) for part in zip(*gains, strict=True))
+
+    def denoise(x_t, t):
+        return jnp.einsum("bij,bnj->bni", G[t - 1], x_t) + g[t - 1][:, None, :]
+
+    return jax.jit(lambda table, keys: dj.sample(denoise, table, keys, (4000, 2)))
+
+
+@EVERY_SAMPLER
+@EVERY_LENGTH
+def test_the_real_sampler_agrees_within_its_standard_error(draw, name, S):
+    table, _ = table_and_schedule(name, "cosine", S)
+    x = np.asarray(draw(table, jax.random.split(jax.random.key(S), 8)), np.float64).reshape(-1, 2)
+    mean, covariance = moments_by_hand(name, "cosine", S)
+    n, deviation = len(x), np.sqrt(np.diag(covariance))
+    np.testing.assert_array_less(np.abs(x.mean(0) - mean), 4.5 * deviation / n**0.5)
+    spread = np.sqrt((covariance**2 + np.outer(deviation, deviation) ** 2) / n)  # of a Gaussian's sample covariance
+    np.testing.assert_array_less(np.abs(np.cov(x.T) - covariance), 4.5 * spread)

@@ -1,0 +1,151 @@
+"""Properties that the tables must have for every schedule, in float64, over schedules that hypothesis chooses."""
+
+import math
+from decimal import Decimal, localcontext
+from functools import cache
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+import diffusion_jax as dj
+from diffusion_jax.diffusion import posterior_coefficients
+from diffusion_jax.sampling import strided_timesteps
+
+LENGTHS = st.integers(1, 4000)
+BETAS = hnp.arrays(np.float64, st.integers(1, 30), elements=st.floats(1e-7, 0.9999))
+SCHEDULES = st.one_of(
+    LENGTHS.map(dj.linear_schedule), LENGTHS.map(dj.cosine_schedule), BETAS.map(dj.schedule_from_beta)
+)
+NAMES = ("pred_x_0", "pred_eps", "pred_v")
+
+
+@st.composite
+def schedules_and_times(draw, count):
+    """A schedule and `count` of its timesteps, distinct and decreasing."""
+    schedule = draw(SCHEDULES.filter(lambda schedule: schedule.num_timesteps >= count))
+    times = draw(st.sets(st.integers(0, schedule.num_timesteps), min_size=count, max_size=count))
+    return schedule, sorted(times, reverse=True)
+
+
+@given(SCHEDULES)
+def test_a_schedule_goes_from_exactly_the_data_strictly_down(schedule):
+    assert schedule.alpha_bar[0] == 1
+    assert np.all(np.diff(schedule.alpha_bar) < 0)
+    assert np.all((schedule.beta >= 0) & (schedule.beta < 1))
+    np.testing.assert_allclose(schedule.sqrt_alpha_bar**2 + schedule.sqrt_one_minus_alpha_bar**2, 1, atol=1e-15)
+    np.testing.assert_allclose(schedule.sqrt_alpha_bar**2, schedule.alpha_bar, rtol=1e-13)
+
+
+@given(BETAS)
+def test_alpha_bar_is_the_product_of_one_minus_beta(beta):
+    schedule = dj.schedule_from_beta(beta)
+    np.testing.assert_array_equal(schedule.beta[1:], beta)
+    np.testing.assert_allclose(schedule.alpha_bar[1:], [math.prod(1 - beta[:t]) for t in range(1, len(beta) + 1)], rtol=1e-12)
+
+
+@cache
+def exact_noise(name: str, T: int) -> list[float]:
+    """1 - alpha_bar_t for t in 1..T by another route: products and logarithms of 40 digits, or a trigonometric identity."""
+    if name == "cosine":  # f_0 - f_t = cos^2 u_0 - cos^2 u_t = sin(u_t - u_0) sin(u_t + u_0); only beta_T is cut
+        u = [math.pi / 2 * (t / T + 0.008) / 1.008 for t in range(T + 1)]
+        noise = [math.sin(u[t] - u[0]) * math.sin(u[t] + u[0]) / math.cos(u[0]) ** 2 for t in range(1, T)]
+        return [*noise, 1 - 0.001 * (math.cos(u[T - 1]) / math.cos(u[0])) ** 2]
+    with localcontext() as context:
+        context.prec = 40
+        logs = [Decimal(0)]
+        for i in range(1000):
+            logs.append(logs[-1] + (1 - Decimal("1e-4") - i * (Decimal("0.02") - Decimal("1e-4")) / 999).ln())
+        noise = []
+        for t in range(1, T + 1):
+            whole, part = divmod(1000 * t, T)
+            after = logs[min(whole + 1, 1000)]
+            noise.append(float(1 - (logs[whole] + (after - logs[whole]) * part / T).exp()))
+    return noise
+
+
+@pytest.mark.parametrize("T", [10, 500, 1000, 4000])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_float32_tables_keep_six_digits(name, T):
+    schedule = {"linear": dj.linear_schedule, "cosine": dj.cosine_schedule}[name](T)
+    noise = np.array(exact_noise(name, T))
+    np.testing.assert_allclose(schedule.sqrt_one_minus_alpha_bar[1:], np.sqrt(noise), rtol=1e-11)
+    on_device = jax.tree.map(jnp.asarray, schedule)
+    assert {table.dtype.name for table in on_device} == {"float32"}
+    np.testing.assert_allclose(on_device.sqrt_one_minus_alpha_bar[1:], np.sqrt(noise), rtol=1e-6)
+    np.testing.assert_allclose(on_device.sqrt_alpha_bar[1:-1], np.sqrt(1 - noise[:-1]), rtol=1e-6)
+    np.testing.assert_allclose(on_device.beta[2:-1], (np.diff(noise) / (1 - noise[:-1]))[:-1], rtol=1e-6)
+
+
+def grid_moments(log_density, centre: float, width: float) -> tuple[float, float]:
+    """Mean and variance of a density given up to its scale, by sums over a grid that is narrowed three times."""
+    for _ in range(4):
+        x = np.linspace(centre - 12 * width, centre + 12 * width, 40_001)
+        weights = np.exp(log_density(x) - log_density(x).max())
+        weights /= weights.sum()
+        centre = float(weights @ x)
+        width = max(math.sqrt(weights @ (x - centre) ** 2), 2 * (x[1] - x[0]))
+    return centre, width**2
+
+
+@given(schedules_and_times(2), st.floats(-3, 3), st.floats(-3, 3))
+def test_the_posterior_is_bayes_rule(schedule_and_times, x_0, eps):
+    schedule, (t, s) = schedule_and_times
+    k, m, w = (float(c[0]) for c in posterior_coefficients(schedule, np.array([t]), np.array([s])))
+    if s == 0:
+        assert (k, np.float32(m), w) == (0, 1, 0)
+        return
+    survives = np.prod(1 - schedule.beta[s + 1 : t + 1])  # of x_s in x_t
+    var_s, var_t = 1 - np.prod(1 - schedule.beta[1 : s + 1]), 1 - survives
+    x_t = math.sqrt(survives * np.prod(1 - schedule.beta[1 : s + 1])) * x_0 + eps
+
+    def log_density(x_s):
+        prior = (x_s - math.sqrt(1 - var_s) * x_0) ** 2 / var_s
+        return -0.5 * (prior + (x_t - math.sqrt(survives) * x_s) ** 2 / var_t)
+
+    mean, variance = grid_moments(log_density, math.sqrt(1 - var_s) * x_0, math.sqrt(var_s))
+    assert k * x_t + m * x_0 == pytest.approx(mean, abs=1e-6 + 1e-3 * math.sqrt(variance))
+    assert w == pytest.approx(variance, rel=1e-3)
+
+
+@given(schedules_and_times(3))
+def test_two_posterior_jumps_are_one(schedule_and_times):
+    """The forward process is Markov, so q(x_r | x_t, x_0) is q(x_r | x_s, x_0) averaged over q(x_s | x_t, x_0)."""
+    schedule, times = schedule_and_times
+    t, s, r = (np.array([time]) for time in times)
+    k, m, w = posterior_coefficients(schedule, t, r)
+    k_1, m_1, w_1 = posterior_coefficients(schedule, t, s)
+    k_2, m_2, w_2 = posterior_coefficients(schedule, s, r)
+    np.testing.assert_allclose(k_2 * k_1, k, rtol=1e-7, atol=1e-14)
+    np.testing.assert_allclose(k_2 * m_1 + m_2, m, rtol=1e-7)
+    np.testing.assert_allclose(k_2**2 * w_1 + w_2, w, rtol=1e-7, atol=1e-16)
+
+
+@given(SCHEDULES, st.sampled_from(NAMES), st.sampled_from(NAMES), st.data())
+def test_conversions_undo_each_other_wherever_they_are_defined(schedule, one, other, data):
+    """Undefined: x_0 from eps without signal, and eps or v from x_0 without noise (t = 0)."""
+    t = data.draw(st.integers(0 if "pred_x_0" not in (one, other) or one == other else 1, schedule.num_timesteps))
+    a, s = float(schedule.sqrt_alpha_bar[t]), float(schedule.sqrt_one_minus_alpha_bar[t])
+    x_0, eps = np.array([[0.7, -1.3]]), np.array([[0.4, 2.1]])
+    values = {"pred_x_0": x_0, "pred_eps": eps, "pred_v": a * eps - s * x_0}
+    x_t, times = a * x_0 + s * eps, np.array([t])
+    with jax.enable_x64(True):
+        there = dj.convert(schedule, jnp.asarray(values[one]), jnp.asarray(x_t), jnp.asarray(times), one, other)
+        back = dj.convert(schedule, there, jnp.asarray(x_t), jnp.asarray(times), other, one)
+    lost = 1e-13 / min(a, s or 1)
+    np.testing.assert_allclose(there, values[other], atol=lost)
+    np.testing.assert_allclose(back, values[one], atol=10 * lost / min(a, s or 1))
+
+
+@given(SCHEDULES, st.sampled_from(["upper_bound", "lower_bound", "zero", 0.0, 0.3, 1.0]), st.data())
+def test_every_sampler_table_is_finite_and_ends_at_x_0_hat(schedule, kind, data):
+    S = data.draw(st.integers(1, schedule.num_timesteps))
+    table = dj.ancestral_table(schedule, kind, S) if isinstance(kind, str) else dj.ddim_table(schedule, kind, S)
+    assert all(len(column) == S and np.all(np.isfinite(column)) for column in table)
+    assert np.all(table.c >= 0)
+    np.testing.assert_array_equal(table.t, strided_timesteps(schedule.num_timesteps, S)[:-1])
+    assert (table.a[-1], np.float32(table.b[-1]), table.c[-1]) == (0, 1, 0)
