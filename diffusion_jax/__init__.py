@@ -2,7 +2,7 @@
 
 from diffusion_jax.diffusion import convert, diffusion_loss, loss_at, make_denoiser, posterior, q_sample
 from diffusion_jax.mlp import MLP
-from diffusion_jax.sampling import SamplerTable, ancestral_table, ddim_table, sample, sample_trajectory
+from diffusion_jax.sampling import SamplerTable, ancestral_table, ddim_table, dpm_solver_table, sample, sample_trajectory
 from diffusion_jax.schedules import NoiseSchedule, cosine_schedule, linear_schedule, schedule_from_beta
 from diffusion_jax.training import (
     TrainState,
@@ -28,6 +28,7 @@ __all__ = [
     "cosine_schedule",
     "create_train_state",
     "ddim_table",
+    "dpm_solver_table",
     "diffusion_loss",
     "example_keys",
     "linear_schedule",

@@ -3,9 +3,10 @@
 A sampler walks down timesteps T = t_S > ... > t_0 = 0. Each of its S steps goes from t to the next lower s:
 
     x_0_hat = denoise(x_t, t)
-    x_s     = a x_t + b x_0_hat + c z,  z ~ N(0, I)                                 (11)
+    x_s     = a x_t + b x_0_hat + c z + d x_0_hat_before,  z ~ N(0, I)              (11)
 
-and a, b, c are known before the network is called. The last step adds no noise: it ends at the mean, x_0_hat.
+where x_0_hat_before is the previous step's x_0_hat (0 at the first step), and a, b, c and d are known before the network is
+called. The last step adds no noise: it ends at x_0_hat.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,6 +29,7 @@ class SamplerTable(NamedTuple):
     a: Float[np.ndarray, " S"]
     b: Float[np.ndarray, " S"]
     c: Float[np.ndarray, " S"]
+    d: Float[np.ndarray, " S"]
 
 
 def strided_timesteps(num_timesteps: int, sampling_timesteps: int | None = None) -> Int[np.ndarray, " times"]:
@@ -56,7 +58,7 @@ def ancestral_table(
     k, m, w = posterior_coefficients(schedule, t, s)
     beta = 1 - schedule.alpha_bar[t] / schedule.alpha_bar[s]
     variance = {"upper_bound": beta, "lower_bound": w, "zero": np.zeros_like(w)}[sigma_type]
-    return SamplerTable(t, k, m, np.where(s > 0, np.sqrt(variance), 0.0))
+    return SamplerTable(t, k, m, np.where(s > 0, np.sqrt(variance), 0.0), np.zeros_like(k))
 
 
 def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: int | None = None) -> SamplerTable:
@@ -72,7 +74,25 @@ def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: in
     t, s = times[:-1], times[1:]
     variance = eta**2 * posterior_coefficients(schedule, t, s)[2]
     a = np.sqrt(schedule.sqrt_one_minus_alpha_bar[s] ** 2 - variance) / schedule.sqrt_one_minus_alpha_bar[t]
-    return SamplerTable(t, a, schedule.sqrt_alpha_bar[s] - a * schedule.sqrt_alpha_bar[t], np.sqrt(variance))
+    b = schedule.sqrt_alpha_bar[s] - a * schedule.sqrt_alpha_bar[t]
+    return SamplerTable(t, a, b, np.sqrt(variance), np.zeros_like(a))
+
+
+def dpm_solver_table(schedule: NoiseSchedule, sampling_timesteps: int | None = None) -> SamplerTable:
+    """DPM-Solver++(2M) [Lu et al. 2022, alg. 2]: deterministic and of second order, where DDIM at eta = 0 is of first.
+
+    It takes DDIM's step from x_0_hat extrapolated along the line through the last two, in lambda = log(a_t / s_t), with
+    h = lambda_s - lambda_t:
+
+        D = x_0_hat + (x_0_hat - x_0_hat_before) h / (2 h_before)
+
+    The first step, which has nothing before it, and the last, where h is infinite, are DDIM's own. Raises ValueError on
+    `sampling_timesteps` outside 1..T.
+    """
+    t, a, b, c, d = ddim_table(schedule, 0.0, sampling_timesteps)
+    h = np.diff(np.log(schedule.sqrt_alpha_bar[t] / schedule.sqrt_one_minus_alpha_bar[t]))  # of all steps but the last
+    d[1:-1] = -b[1:-1] * h[1:] / (2 * h[:-1])
+    return SamplerTable(t, a, b - d, c, d)
 
 
 def sample(denoise: Denoise, table: SamplerTable, keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
@@ -80,7 +100,10 @@ def sample(denoise: Denoise, table: SamplerTable, keys: Key[Array, " B"], shape:
 
     Sample i depends on keys[i] alone, whatever the batch size and the device count.
     """
-    x_0, _ = jax.lax.scan(lambda x_t, row: (_step(denoise, row, x_t, keys), None), _normal(keys, 0, shape), _on_device(table))
+    noise = _normal(keys, 0, shape)
+    (x_0, _), _ = jax.lax.scan(
+        lambda carry, row: (_step(denoise, row, carry, keys), None), (noise, jnp.zeros_like(noise)), _on_device(table)
+    )
     return x_0
 
 
@@ -89,18 +112,21 @@ def sample_trajectory(
 ) -> Float[Array, "times B *shape"]:
     """The same samples as `sample` with every x_t on the way: index 0 is x_0, the last is the noise that it began with."""
 
-    def step(x_t, row):
-        x_s = _step(denoise, row, x_t, keys)
-        return x_s, x_s
+    def step(carry, row):
+        carry = _step(denoise, row, carry, keys)
+        return carry, carry[0]
 
     noise = _normal(keys, 0, shape)
-    _, path = jax.lax.scan(step, noise, _on_device(table))
+    _, path = jax.lax.scan(step, (noise, jnp.zeros_like(noise)), _on_device(table))
     return jnp.concatenate([noise[None], path])[::-1]
 
 
-def _step(denoise: Denoise, row: Any, x_t: Array, keys: Array) -> Array:
-    x_0_hat = denoise(x_t, jnp.full(len(x_t), row.t))
-    return row.a * x_t + row.b * x_0_hat + row.c * _normal(keys, row.t, x_t.shape[1:])
+def _step(denoise: Denoise, row: Any, carry: tuple[Array, Array], keys: Array) -> tuple[Array, Array]:
+    """From (x_t, x_0_hat_before) to (x_s, x_0_hat)."""
+    x_t, x_0_hat_before = carry
+    x_0_hat = denoise(x_t, jnp.full(len(x_t), row.t)).astype(x_t.dtype)
+    noise = _normal(keys, row.t, x_t.shape[1:])
+    return row.a * x_t + row.b * x_0_hat + row.c * noise + row.d * x_0_hat_before, x_0_hat
 
 
 def _normal(keys: Array, t: int | Array, shape: tuple[int, ...]) -> Array:

@@ -5,6 +5,7 @@ python experiments/sample.py --sampling-timesteps 50 --out samples.png
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,8 +30,8 @@ class Config:
     num_samples: int = 64
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default all T of the run."""
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
-    """Ancestral sampling has the variance that the run was configured with."""
+    sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"
+    """Ancestral sampling has the variance that the run was configured with; dpm_solver is DPM-Solver++(2M)."""
     eta: float = 0.0
     """For ddim: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
     seed: int = 0
@@ -49,10 +50,12 @@ def main() -> None:
         require(config.sampler == "ddim" or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim")
         run = run_config(config.workdir)
         schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
-        if config.sampler == "ddim":
-            table = dj.ddim_table(schedule, config.eta, config.sampling_timesteps)
-        else:
-            table = dj.ancestral_table(schedule, run.sigma_type, config.sampling_timesteps)
+        tables = {
+            "ancestral": partial(dj.ancestral_table, sigma_type=run.sigma_type),
+            "ddim": partial(dj.ddim_table, eta=config.eta),
+            "dpm_solver": dj.dpm_solver_table,
+        }
+        table = tables[config.sampler](schedule, sampling_timesteps=config.sampling_timesteps)
         state = restore(run, config.workdir)
 
     draw = mnist.make_sampler(run, schedule)

@@ -141,11 +141,14 @@ def test_conversions_undo_each_other_wherever_they_are_defined(schedule, one, ot
     np.testing.assert_allclose(back, values[one], atol=10 * lost / min(a, s or 1))
 
 
-@given(SCHEDULES, st.sampled_from(["upper_bound", "lower_bound", "zero", 0.0, 0.3, 1.0]), st.data())
+@given(SCHEDULES, st.sampled_from(["upper_bound", "lower_bound", "zero", 0.0, 0.3, 1.0, "dpm"]), st.data())
 def test_every_sampler_table_is_finite_and_ends_at_x_0_hat(schedule, kind, data):
     S = data.draw(st.integers(1, schedule.num_timesteps))
-    table = dj.ancestral_table(schedule, kind, S) if isinstance(kind, str) else dj.ddim_table(schedule, kind, S)
+    if kind == "dpm":
+        table = dj.dpm_solver_table(schedule, S)
+    else:
+        table = dj.ancestral_table(schedule, kind, S) if isinstance(kind, str) else dj.ddim_table(schedule, kind, S)
     assert all(len(column) == S and np.all(np.isfinite(column)) for column in table)
     assert np.all(table.c >= 0)
     np.testing.assert_array_equal(table.t, strided_timesteps(schedule.num_timesteps, S)[:-1])
-    assert (table.a[-1], np.float32(table.b[-1]), table.c[-1]) == (0, 1, 0)
+    assert (table.a[-1], np.float32(table.b[-1]), table.c[-1], table.d[-1]) == (0, 1, 0, 0)

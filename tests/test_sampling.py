@@ -14,8 +14,9 @@ TABLES = [
         for sigma in ("upper_bound", "lower_bound", "zero")
     ),
     *(lambda schedule, S, eta=eta: dj.ddim_table(schedule, eta, S) for eta in (0.0, 0.5, 1.0)),
+    dj.dpm_solver_table,
 ]
-EVERY_TABLE = pytest.mark.parametrize("make_table", TABLES, ids=["upper", "lower", "zero", "ddim0", "ddim.5", "ddim1"])
+EVERY_TABLE = pytest.mark.parametrize("make_table", TABLES, ids=["upper", "lower", "zero", "ddim0", "ddim.5", "ddim1", "dpm"])
 STEPS = pytest.mark.parametrize("S", [1, 3, 7, 10])
 
 
@@ -48,20 +49,31 @@ def test_tables_by_hand():
     for sigma_type, variance in (("upper_bound", 0.5), ("lower_bound", w), ("zero", 0)):
         table = dj.ancestral_table(schedule, sigma_type)
         np.testing.assert_array_equal(table.t, [2, 1])
-        np.testing.assert_allclose(np.stack(table[1:]), [[k, 0], [m, 1], [variance**0.5, 0]], atol=1e-15)
+        np.testing.assert_allclose(np.stack(table[1:]), [[k, 0], [m, 1], [variance**0.5, 0], [0, 0]], atol=1e-15)
     table = dj.ddim_table(schedule)
     a = 0.6 / 0.68**0.5
-    np.testing.assert_allclose(np.stack(table[1:]), [[a, 0], [0.8 - a * 0.32**0.5, 1], [0, 0]], atol=1e-15)
+    np.testing.assert_allclose(np.stack(table[1:]), [[a, 0], [0.8 - a * 0.32**0.5, 1], [0, 0], [0, 0]], atol=1e-15)
+
+
+def test_dpm_solver_by_hand():
+    """At alpha_bar = 0.8, 0.5, 0.2, exp(lambda) is 2, 1, 1/2: h = h_before = log 2, so D = 1.5 x_0_hat - 0.5 x_0_hat_before."""
+    ddim = dj.ddim_table(schedule := dj.schedule_from_beta(1 - np.array([0.8, 0.5 / 0.8, 0.2 / 0.5])))
+    table = dj.dpm_solver_table(schedule)
+    weight = 0.8**0.5 - (0.2 / 0.5) ** 0.5 * 0.5**0.5
+    np.testing.assert_allclose(table.a, ddim.a)
+    np.testing.assert_allclose(table.b, [ddim.b[0], 1.5 * weight, 1])
+    np.testing.assert_allclose(table.d, [0, -0.5 * weight, 0])
+    assert not table.c.any()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @STEPS
-@pytest.mark.parametrize("make_table", [TABLES[1], *TABLES[3:]], ids=["lower", "ddim0", "ddim.5", "ddim1"])
+@pytest.mark.parametrize("make_table", [TABLES[1], *TABLES[3:]], ids=["lower", "ddim0", "ddim.5", "ddim1", "dpm"])
 def test_steps_that_know_x_0_keep_the_forward_marginals(schedule, S, make_table):
     """If x_0 is a known point, q(x_t | x_0) must go to q(x_s | x_0) (Song et al. 2021, lemma 1)."""
     table, times = make_table(schedule, S), strided_timesteps(schedule.num_timesteps, S)
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar[times[:-1]], schedule.alpha_bar[times[1:]]
-    np.testing.assert_allclose(table.a * alpha_bar_t**0.5 + table.b, alpha_bar_s**0.5, rtol=1e-12)
+    np.testing.assert_allclose(table.a * alpha_bar_t**0.5 + table.b + table.d, alpha_bar_s**0.5, rtol=1e-12)
     np.testing.assert_allclose(table.a**2 * (1 - alpha_bar_t) + table.c**2, 1 - alpha_bar_s, rtol=1e-9, atol=1e-14)
 
 
@@ -121,6 +133,7 @@ def test_each_step_is_eq_11_with_fresh_noise(keys, make_table):
     noises = [path[0]]
     for i in range(4):
         rest = path[i + 1] - (table.a[i] + 0.3 * table.b[i]) * path[i]
+        rest -= 0.3 * table.d[i] * path[i - 1] if i else 0
         if table.c[i] == 0:
             np.testing.assert_allclose(rest, 0, atol=1e-5)
         else:

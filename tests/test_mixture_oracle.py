@@ -1,0 +1,126 @@
+"""Data from a mixture of two Gaussians on a line, whose best denoiser, distribution and probability flow have closed forms."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+import diffusion_jax as dj
+
+WEIGHTS, MEANS, VARIANCES = (0.3, 0.7), (-1.2, 0.6), (0.35**2, 0.5**2)
+SAMPLERS = {
+    "upper_bound": dj.ancestral_table,
+    "lower_bound": partial(dj.ancestral_table, sigma_type="lower_bound"),
+    "ddim 0": dj.ddim_table,
+    "ddim 0.5": partial(dj.ddim_table, eta=0.5),
+    "dpm solver": dj.dpm_solver_table,
+}
+DETERMINISTIC = ("ddim 0", "dpm solver")
+BINS, DRAWS, LEVEL = 20, 200_000, 1e-4
+CRITICAL = scipy.stats.chi2.isf(LEVEL, BINS - 1)
+
+
+def best_denoiser(schedule: dj.NoiseSchedule):
+    """E[x_0 | x_t]: the components' linear denoisers, weighted by their shares in the density of x_t."""
+
+    def denoise(x_t, t):
+        a, s = jnp.asarray(schedule.sqrt_alpha_bar)[t][:, None], jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[t][:, None]
+        logits, means = [], []
+        for weight, mean, variance in zip(WEIGHTS, MEANS, VARIANCES, strict=True):
+            total = a**2 * variance + s**2
+            logits.append(jnp.log(weight) - jnp.log(total) / 2 - (x_t - a * mean) ** 2 / (2 * total))
+            means.append(mean + a * variance / total * (x_t - a * mean))
+        shares = jax.nn.softmax(jnp.stack(logits), axis=0)
+        return (shares * jnp.stack(means)).sum(0)
+
+    return denoise
+
+
+def distribution(x: np.ndarray, a: float = 1.0, s: float = 0.0) -> np.ndarray:
+    """P(x_t <= x) for x_t = a x_0 + s eps; by default of the data."""
+    parts = zip(WEIGHTS, MEANS, VARIANCES, strict=True)
+    return sum(weight * scipy.stats.norm.cdf(x, a * mean, (a**2 * var + s**2) ** 0.5) for weight, mean, var in parts)
+
+
+def chi_square(x: np.ndarray) -> float:
+    """Pearson's statistic of x in bins that each hold the same share of the data."""
+    bins = np.clip(np.nan_to_num(distribution(x.ravel())) * BINS, 0, BINS - 1).astype(int)
+    counts, expected = np.bincount(bins, minlength=BINS), x.size / BINS
+    return float(((counts - expected) ** 2).sum() / expected)
+
+
+@pytest.fixture(scope="module")
+def statistic():
+    """statistic(table) of the real `sample` with the best denoiser, T = 1000."""
+    denoise = best_denoiser(dj.cosine_schedule(1000))
+    optimized = {"xla_backend_optimization_level": 2}  # worth its time here, unlike in the rest of the suite
+    draw = jax.jit(lambda table, keys: dj.sample(denoise, table, keys, (DRAWS // 8,)), compiler_options=optimized)
+    return lambda table: chi_square(np.asarray(draw(table, jax.random.split(jax.random.key(3), 8)), np.float64))
+
+
+def test_the_statistic_sees_two_percent():
+    """Samples that are 2 percent too wide, or shifted by 2 percent of the data's deviation, are rejected almost surely."""
+    centres = (np.arange(1, BINS) / BINS)[:, None]
+    grid = np.linspace(-6, 6, 200_001)
+    edges = np.interp(centres.ravel(), distribution(grid), grid)
+    mean = np.dot(WEIGHTS, MEANS)
+    deviation = (np.dot(WEIGHTS, np.array(MEANS) ** 2 + VARIANCES) - mean**2) ** 0.5
+    for wrong in (distribution(edges / 1.02), distribution(edges - 0.02 * deviation)):
+        shares = np.diff(wrong, prepend=0, append=1)
+        noncentrality = DRAWS * BINS * ((shares - 1 / BINS) ** 2).sum()
+        assert scipy.stats.ncx2.sf(CRITICAL, BINS - 1, noncentrality) > 0.99
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_all_the_steps_give_the_data(statistic, name):
+    assert statistic(SAMPLERS[name](dj.cosine_schedule(1000))) < CRITICAL
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_more_steps_come_closer_to_the_data(statistic, name):
+    distances = [statistic(SAMPLERS[name](dj.cosine_schedule(1000), sampling_timesteps=S)) for S in (3, 10, 50)]
+    assert distances[0] > 2 * distances[1] > 4 * distances[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [(name, column) for name in SAMPLERS for column in ("a", "b", "c", "last b") if column != "c" or name not in DETERMINISTIC],
+)
+def test_one_coefficient_off_by_two_percent_is_seen(statistic, name, column):
+    """Each column of the table that is not zero, and b in the last row alone, where no later step can mend it."""
+    table = SAMPLERS[name](dj.cosine_schedule(1000))
+    if column == "last b":
+        wrong = table._replace(b=np.append(table.b[:-1], 1.02 * table.b[-1]))
+    else:
+        wrong = table._replace(**{column: 1.02 * getattr(table, column)})
+    assert statistic(wrong) > CRITICAL
+
+
+def inverse(share: np.ndarray) -> np.ndarray:
+    """x with distribution(x) = share, by bisection."""
+    low, high = np.full_like(share, -9), np.full_like(share, 9)
+    for _ in range(80):
+        middle = (low + high) / 2
+        below = distribution(middle) < share
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize(("make_table", "order"), [(dj.ddim_table, 1), (dj.dpm_solver_table, 2)], ids=["ddim", "dpm solver"])
+def test_deterministic_samplers_converge_at_their_order(make_table, order):
+    """On a line the probability flow keeps every point's quantile, so where each noise ends is known [Song et al. 2021b]."""
+    schedule, lengths = dj.linear_schedule(8000), np.array([40, 80, 160, 320])
+    keys = jax.random.split(jax.random.key(0), 4)
+    errors = []
+    with jax.enable_x64(True):
+        for S in lengths:
+            table = make_table(schedule, sampling_timesteps=int(S))
+            path = np.asarray(dj.sample_trajectory(best_denoiser(schedule), table, keys, (500,)))
+            exact = inverse(distribution(path[-1], schedule.sqrt_alpha_bar[-1], schedule.sqrt_one_minus_alpha_bar[-1]))
+            errors.append(np.sqrt(np.mean((path[0] - exact) ** 2)))
+    slope = np.polyfit(np.log(lengths), np.log(errors), 1)[0]
+    assert -slope == pytest.approx(order, abs=0.2)
+    assert errors[-1] < 0.01
