@@ -25,22 +25,19 @@ TINY = ["--dataset", "digits", "--embed-dim", "4", "--dim-scales", "1", "2", "--
 TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", "--num-samples", "5"]
 
 
-def start(script: str, *args: str, devices: int = 1) -> subprocess.Popen:
+def start(script: str, *args: str, devices: int = 1, output=subprocess.DEVNULL) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | COMPILED_ONCE
     command = [sys.executable, str(EXPERIMENTS / script), *map(str, args)]
-    said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads fills up and stops the script
-    process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
-    process.said = said
-    return process
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
 def run(script: str, *args: str, devices: int = 1) -> str:
-    process = start(script, *args, devices=devices)
-    process.wait(timeout=300)
-    process.said.seek(0)
-    said = process.said.read()
-    assert process.returncode == 0, said
+    with tempfile.TemporaryFile("w+") as output:  # a pipe that nobody reads would fill up, and the script would wait for ever
+        status = start(script, *args, devices=devices, output=output).wait(timeout=300)
+        output.seek(0)
+        said = output.read()
+    assert status == 0, said
     return said
 
 

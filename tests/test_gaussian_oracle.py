@@ -3,6 +3,7 @@ follow an exact recursion. Here the recursion is written twice: from the impleme
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def moments_by_hand(name: str, schedule: str, S: int) -> tuple[np.ndarray, np.nd
     results = []
     for m, v in zip(axes.T @ MU, variances, strict=True):
         mean, covariance, h_before = np.zeros(2), np.diag([1.0, 0.0]), None  # of x_t and the x_0_hat before
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             noise_t, noise_s = -math.expm1(logs[t]), -math.expm1(logs[s])
             signal_t, signal_s = math.exp(logs[t] / 2), math.exp(logs[s] / 2)
             step_signal, step_noise = math.exp((logs[t] - logs[s]) / 2), -math.expm1(logs[t] - logs[s])
@@ -125,8 +126,8 @@ def test_all_the_steps_recover_the_data(name, schedule):
 def draw():
     """The real `sample` with the best denoiser, 8 keys of 4000 points each; compiled once for each length of table."""
     schedule = dj.cosine_schedule(T)
-    gains = [linear_denoiser(*pair) for pair in zip(schedule.sqrt_alpha_bar[1:], schedule.sqrt_one_minus_alpha_bar[1:], strict=True)]
-    G, g = (jnp.asarray(np.stack(part), jnp.float32) for part in zip(*gains, strict=True))
+    best = [linear_denoiser(schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t]) for t in range(1, T + 1)]
+    G, g = (jnp.asarray(np.stack(part), jnp.float32) for part in zip(*best, strict=True))
 
     def denoise(x_t, t):
         return jnp.einsum("bij,bnj->bni", G[t - 1], x_t) + g[t - 1][:, None, :]

@@ -18,9 +18,7 @@ from diffusion_jax.sampling import strided_timesteps
 
 LENGTHS = st.integers(1, 4000)
 BETAS = hnp.arrays(np.float64, st.integers(1, 30), elements=st.floats(1e-7, 0.9999))
-SCHEDULES = st.one_of(
-    LENGTHS.map(dj.linear_schedule), LENGTHS.map(dj.cosine_schedule), BETAS.map(dj.schedule_from_beta)
-)
+SCHEDULES = st.one_of(LENGTHS.map(dj.linear_schedule), LENGTHS.map(dj.cosine_schedule), BETAS.map(dj.schedule_from_beta))
 NAMES = ("pred_x_0", "pred_eps", "pred_v")
 
 

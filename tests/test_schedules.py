@@ -68,9 +68,11 @@ def test_no_schedule_without_steps(make, T):
         make(T)
 
 
-@pytest.mark.parametrize("beta", [[0.1, 1.0], [0.0], [-0.2, 0.1], [float("nan")]])
-def test_beta_outside_its_range_is_named(beta):
-    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+@pytest.mark.parametrize(
+    ("beta", "wrong"), [([0.1, 1.0], 1.0), ([0.0], 0.0), ([-0.2, 0.1], -0.2), ([0.3, float("nan")], "nan")]
+)
+def test_beta_outside_its_range_is_named(beta, wrong):
+    with pytest.raises(ValueError, match=f"strictly between 0 and 1, got {wrong}$"):
         schedule_from_beta(np.array(beta))
 
 
