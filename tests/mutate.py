@@ -29,7 +29,7 @@ SWAPS = {"t": "s", "s": "t", "a": "s", "x_t": "x_0", "x_0": "x_t", "k": "m", "al
 SWAPS |= {"var_t": "var_s", "var_s": "var_t", "alpha_bar_s": "alpha_bar_t", "x_0_hat": "x_0_hat_before", "b": "a"}
 EQUIVALENT = {
     "_normal(keys, 1, shape)": "the step that leaves t = 1 adds no noise, so 1 names a noise that nothing else uses, as 0 does",
-    "zeros_like(": "zeros all the same",
+    "np.zeros_like(": "zeros all the same",
     "x_0.ndim": "x_0 and x_t have one rank",
 }
 
