@@ -81,8 +81,8 @@ def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: in
 def dpm_solver_table(schedule: NoiseSchedule, sampling_timesteps: int | None = None) -> SamplerTable:
     """DPM-Solver++(2M) [Lu et al. 2022, alg. 2]: deterministic and of second order, where DDIM at eta = 0 is of first.
 
-    It takes DDIM's step from x_0_hat extrapolated along the line through the last two, in lambda = log(a_t / s_t), with
-    h = lambda_s - lambda_t:
+    It takes DDIM's step from x_0_hat extrapolated to the middle of the step, along the line through the last two in
+    lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), with h = lambda_s - lambda_t:
 
         D = x_0_hat + (x_0_hat - x_0_hat_before) h / (2 h_before)
 

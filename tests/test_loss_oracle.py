@@ -31,9 +31,23 @@ def best_prediction(target_type: str):
     return predict
 
 
+@pytest.mark.parametrize("target_type", TARGETS)
+def test_the_squared_loss_of_the_best_prediction_is_exact(target_type):
+    """The error is linear in x_0 and eps, so Gauss-Hermite quadrature over both integrates its square without an error."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(3)
+    normal = [part.ravel() for part in np.meshgrid(nodes, nodes)]
+    weights = np.outer(weights, weights).ravel() / (2 * np.pi)
+    with jax.enable_x64(True):
+        x_0, eps = (jnp.asarray(part)[:, None] for part in (M + V**0.5 * normal[0], normal[1]))
+        for time in range(1, T + 1):
+            t = jnp.full(len(weights), time)
+            loss = dj.loss_at(SCHEDULE, best_prediction(target_type), x_0, t, eps, target_type)[:, 0]
+            assert float(weights @ loss) == pytest.approx(ERROR_VARIANCE[target_type][time - 1] / 2, rel=1e-10)
+
+
 @pytest.mark.parametrize("loss_type", EXPECTED)
 @pytest.mark.parametrize("target_type", TARGETS)
-def test_the_loss_of_the_best_prediction_at_each_t(target_type, loss_type):
+def test_the_drawn_loss_of_the_best_prediction_at_each_t(target_type, loss_type):
     n = 60_000
     data_key, key = jax.random.split(jax.random.key(1))
     x_0 = M + V**0.5 * jax.random.normal(data_key, (n, 1))

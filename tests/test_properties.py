@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 
 import diffusion_jax as dj
 from diffusion_jax.diffusion import posterior_coefficients
@@ -99,15 +99,15 @@ def test_the_posterior_is_bayes_rule(schedule_and_times, x_0, eps):
         return
     survives = np.prod(1 - schedule.beta[s + 1 : t + 1])  # of x_s in x_t
     var_s, var_t = 1 - np.prod(1 - schedule.beta[1 : s + 1]), 1 - survives
-    x_t = math.sqrt(survives * np.prod(1 - schedule.beta[1 : s + 1])) * x_0 + eps
+    x_t = math.sqrt(survives * (1 - var_s)) * x_0 + math.sqrt(1 - survives * (1 - var_s)) * eps
 
     def log_density(x_s):
         prior = (x_s - math.sqrt(1 - var_s) * x_0) ** 2 / var_s
         return -0.5 * (prior + (x_t - math.sqrt(survives) * x_s) ** 2 / var_t)
 
     mean, variance = grid_moments(log_density, math.sqrt(1 - var_s) * x_0, math.sqrt(var_s))
-    assert k * x_t + m * x_0 == pytest.approx(mean, abs=1e-6 + 1e-3 * math.sqrt(variance))
-    assert w == pytest.approx(variance, rel=1e-3)
+    assert k * x_t + m * x_0 == pytest.approx(mean, abs=1e-6 * math.sqrt(variance) + 1e-9)
+    assert w == pytest.approx(variance, rel=1e-6)
 
 
 @given(schedules_and_times(3))
@@ -128,6 +128,7 @@ def test_conversions_undo_each_other_wherever_they_are_defined(schedule, one, ot
     """Undefined: x_0 from eps without signal, and eps or v from x_0 without noise (t = 0)."""
     t = data.draw(st.integers(0 if "pred_x_0" not in (one, other) or one == other else 1, schedule.num_timesteps))
     a, s = float(schedule.sqrt_alpha_bar[t]), float(schedule.sqrt_one_minus_alpha_bar[t])
+    assume(a > 1e-6)
     x_0, eps = np.array([[0.7, -1.3]]), np.array([[0.4, 2.1]])
     values = {"pred_x_0": x_0, "pred_eps": eps, "pred_v": a * eps - s * x_0}
     x_t, times = a * x_0 + s * eps, np.array([t])
@@ -136,7 +137,7 @@ def test_conversions_undo_each_other_wherever_they_are_defined(schedule, one, ot
         back = dj.convert(schedule, there, jnp.asarray(x_t), jnp.asarray(times), other, one)
     lost = 1e-13 / min(a, s or 1)
     np.testing.assert_allclose(there, values[other], atol=lost)
-    np.testing.assert_allclose(back, values[one], atol=10 * lost / min(a, s or 1))
+    np.testing.assert_allclose(back, values[one], atol=10 * lost)
 
 
 @given(SCHEDULES, st.sampled_from(["upper_bound", "lower_bound", "zero", 0.0, 0.3, 1.0, "dpm"]), st.data())

@@ -37,7 +37,7 @@ def test_strides_by_hand():
 
 
 @pytest.mark.parametrize("S", [0, -1, 11])
-@pytest.mark.parametrize("make", [dj.ancestral_table, dj.ddim_table])
+@pytest.mark.parametrize("make", [dj.ancestral_table, dj.ddim_table, dj.dpm_solver_table])
 def test_a_stride_outside_1_to_T_is_named(make, S):
     with pytest.raises(ValueError, match=rf"sampling_timesteps must be between 1 and num_timesteps = 10, got {S}"):
         make(dj.cosine_schedule(10), sampling_timesteps=S)
@@ -141,6 +141,11 @@ def test_each_step_is_eq_11_with_fresh_noise(keys, make_table):
     flat = np.stack(noises).reshape(len(noises), -1)
     np.testing.assert_allclose(flat.mean(1), 0, atol=5 / 32_000**0.5)
     np.testing.assert_allclose(flat @ flat.T / 32_000, np.eye(len(flat)), atol=5 * (2 / 32_000) ** 0.5)
+
+
+def test_a_denoiser_in_half_precision_gives_float32_samples(keys):
+    denoise = lambda x_t, t: (0.5 * x_t).astype(jnp.bfloat16)  # noqa: E731
+    assert dj.sample(denoise, dj.dpm_solver_table(SCHEDULES[2], 3), keys, (2,)).dtype == jnp.float32
 
 
 def test_a_sample_depends_on_its_key_alone(keys):
