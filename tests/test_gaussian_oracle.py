@@ -13,6 +13,7 @@ import pytest
 import diffusion_jax as dj
 
 T = 500
+TOLERANCE = 1e-10
 MU = np.array([0.7, -0.4])
 SIGMA = np.array([[0.9, 0.5], [0.5, 0.6]])
 SAMPLERS = {
@@ -107,8 +108,8 @@ def moments_by_hand(name: str, schedule: str, S: int) -> tuple[np.ndarray, np.nd
 def test_the_tables_give_the_moments_derived_by_hand(name, schedule, S):
     mean, covariance = moments_by_table(*table_and_schedule(name, schedule, S))
     by_hand = moments_by_hand(name, schedule, S)
-    np.testing.assert_allclose(mean, by_hand[0], atol=1e-10)
-    np.testing.assert_allclose(covariance, by_hand[1], atol=1e-10)
+    np.testing.assert_allclose(mean, by_hand[0], atol=TOLERANCE)
+    np.testing.assert_allclose(covariance, by_hand[1], atol=TOLERANCE)
 
 
 @EVERY_SAMPLER
@@ -120,7 +121,7 @@ def test_one_coefficient_off_by_two_percent_is_seen(name, row):
         wrong = getattr(table, column).copy()
         wrong[row] *= 1.02
         moved = np.abs(np.vstack(moments_by_table(table._replace(**{column: wrong}), schedule)) - right).max()
-        assert moved > 1e-6 or getattr(table, column)[row] == 0
+        assert moved > TOLERANCE or getattr(table, column)[row] == 0
 
 
 @EVERY_SCHEDULE
