@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from diffusion_jax.layers import Conv3x3, Dense, GroupNorm, silu
 from diffusion_jax.mlp import timestep_embedding
 
 MAX_HEADS = 8
@@ -32,13 +33,13 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, x_t: Float[Array, "B H W C"], t: Int[Array, " B"]) -> Float[Array, "B H W C"]:
         block = lambda features, name: ResidualBlock(features, self.dtype, name=name)  # noqa: E731
-        dense = lambda features, name: nn.Dense(features, dtype=self.dtype, name=name)  # noqa: E731
+        dense = lambda features, name: Dense(features, self.dtype, name=name)  # noqa: E731
         widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
         levels = range(len(self.dim_scales))
         check_halvings(x_t.shape[1:3], len(levels) - 1)
 
         time = timestep_embedding(t, self.embed_dim)
-        time = nn.silu(dense(4 * self.embed_dim, "time_2")(nn.silu(dense(4 * self.embed_dim, "time_1")(time))))
+        time = silu(dense(4 * self.embed_dim, "time_2")(silu(dense(4 * self.embed_dim, "time_1")(time))))
         x = first = dense(self.embed_dim, "stem")(x_t)
 
         skips = []
@@ -62,7 +63,7 @@ class UNet(nn.Module):
             x = pixel_shuffle(dense(4 * widths[level], f"up_{level}")(x)) if level > 0 else dense(widths[0], "up_0")(x)
 
         x = block(self.embed_dim, "out_block")(x + first, time)
-        x = nn.silu(norm(self.embed_dim, self.dtype, "out_norm")(x))
+        x = silu(GroupNorm(name="out_norm")(x))
         return nn.Dense(self.in_dim, kernel_init=nn.initializers.zeros, name="out")(x.astype(jnp.float32))
 
 
@@ -77,14 +78,13 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], time: Float[Array, "B E"]) -> Float[Array, "B H W features"]:
-        h = nn.silu(norm(x.shape[-1], self.dtype, "norm_1")(x))
-        h = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv_1")(h)
-        shift = nn.Dense(self.features, dtype=self.dtype, name="shift")(time)[:, None, None, :]
-        h = nn.silu(norm(self.features, self.dtype, "norm_2")(h) + shift)
-        zeros = nn.initializers.zeros
-        h = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_2")(h)
+        h = silu(GroupNorm(name="norm_1")(x))
+        h = Conv3x3(self.features, self.dtype, name="conv_1")(h)
+        shift = Dense(self.features, self.dtype, name="shift")(time)
+        h = silu(GroupNorm(name="norm_2")(h, shift))
+        h = Conv3x3(self.features, self.dtype, nn.initializers.zeros, name="conv_2")(h)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x)
+            x = Dense(self.features, self.dtype, use_bias=False, name="shortcut")(x)
         return x + h
 
 
@@ -97,18 +97,12 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         batch, height, width, channels = x.shape
         heads = math.gcd(MAX_HEADS, channels)
-        h = norm(channels, self.dtype, "norm")(x).reshape(batch, height * width, channels)
+        h = GroupNorm(name="norm")(x).reshape(batch, height * width, channels)
         qkv = nn.DenseGeneral((3, heads, channels // heads), dtype=self.dtype, name="qkv")(h)
         qkv = qkv.astype(jnp.float32)  # and jax 0.12.0 aborts on bfloat16 attention on a CPU without it
         h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        h = nn.Dense(channels, dtype=self.dtype, name="out")(h.reshape(batch, height, width, channels))
+        h = Dense(channels, self.dtype, name="out")(h.reshape(batch, height, width, channels))
         return x + h
-
-
-def norm(channels: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
-    """Group normalization (Wu & He 2018) with float32 statistics, in up to 8 groups of at least 4 channels."""
-    groups = next(n for n in (8, 4, 2, 1) if n == 1 or (channels % n == 0 and channels >= 4 * n))
-    return nn.GroupNorm(groups, dtype=dtype, name=name)
 
 
 def pixel_shuffle(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C//4"]:

@@ -1,0 +1,170 @@
+"""The layers in which the UNet spends its time, written as the products and passes over memory that a CPU runs fast.
+
+XLA:CPU multiplies matrices at the machine's rate, but gradients of layers at a fourth of it: of x^T g over many pixels it runs
+x^T slowly, and the filter gradient of a convolution is worse. So here
+
+  - a product's gradient transposes x in memory first, in blocks of pixels whose products stay in cache;
+  - a 3x3 convolution is one matrix product: with M[(i, c), (j, d)] = kernel[i, j, c, d], rows i and columns j of the filter,
+
+        y[h, w] = sum_j (sum_i x[h+i-1, w+j-1] M[i, j])     gather three rows, multiply, add up three columns           (1)
+        dx      = the same with M^T, columns gathered and rows added up;   dM = (gathered rows of x)^T (gathered columns of g)
+
+    XLA's own convolution is the faster forward in float32 on images larger than 4x4, and on GPU and TPU always.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, DTypeLike, Float
+
+BLOCK = 1024  # pixels of one product in a gradient: its operands fit a core's cache
+SMALL_IMAGE = 16  # pixels, up to which XLA:CPU's float32 convolution is slower than a matrix product
+
+
+class Dense(nn.Module):
+    """A linear map of the last axis (a 1x1 convolution of an image), computed in `dtype`."""
+
+    features: int
+    dtype: DTypeLike
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... features"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y
+
+
+class Conv3x3(nn.Module):
+    """A 3x3 convolution of stride 1 with zeros beyond the edge and no bias, computed in `dtype`."""
+
+    features: int
+    dtype: DTypeLike
+    kernel_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W features"]:
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
+        return conv3x3(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class GroupNorm(nn.Module):
+    """Group normalization (Wu & He 2018) in up to 8 groups of at least 4 channels, plus a shift for each example; in float32.
+
+    Mean and variance enter through one affine map of each example's channels, so that a pass reads x once.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], shift: Float[Array, "#B #C"] | None = None) -> Float[Array, "B H W C"]:
+        channels = x.shape[-1]
+        groups = next(n for n in (8, 4, 2, 1) if n == 1 or (channels % n == 0 and channels >= 4 * n))
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))[None]
+        x = x.astype(jnp.float32)
+        mean, mean_square = (jnp.mean(_grouped(m, groups), -1) for m in (x.mean((1, 2)), (x**2).mean((1, 2))))
+        variance = jnp.maximum(mean_square - mean**2, 0)
+        slope = jnp.repeat(jax.lax.rsqrt(variance + 1e-6), channels // groups, -1) * scale[None]
+        offset = bias - jnp.repeat(mean, channels // groups, -1) * slope
+        offset = offset if shift is None else offset + shift.astype(jnp.float32)
+        return x * slope[:, None, None] + offset[:, None, None]
+
+
+def _grouped(x: Array, groups: int) -> Array:
+    return x.reshape(len(x), groups, -1)
+
+
+def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x sigmoid(x) (Elfwing et al. 2018), by way of tanh, which costs a CPU half of exp and a division."""
+    return x / 2 * (1 + jnp.tanh(x / 2))
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array, "... D"]:
+    """x @ kernel."""
+    return x @ kernel
+
+
+def _matmul_backward(saved, g):
+    x, kernel = saved
+    block = math.gcd(BLOCK, math.prod(x.shape[:-1]))
+    return g @ kernel.T, _outer_sum(_transposed(x, block), g).astype(kernel.dtype)
+
+
+matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
+
+
+def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
+    """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge (eq. 1)."""
+    return _conv3x3(x, kernel) if jax.default_backend() == "cpu" else _xla_convolution(x, kernel)
+
+
+@jax.custom_vjp
+def _conv3x3(x, kernel):
+    if _xla_is_faster(x):
+        return _xla_convolution(x, kernel)
+    before, same, after = jnp.split(_joined(_neighbours(x, 1), -1) @ _as_matrix(kernel), 3, -1)
+    return _neighbours(before, 2)[0] + same + _neighbours(after, 2)[2]
+
+
+def _conv3x3_backward(saved, g):
+    x, kernel = saved
+    columns = _joined(_neighbours(g, 2)[::-1], -1)
+    if _xla_is_faster(x):
+        dx = _xla_convolution(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    else:
+        after, same, before = jnp.split(columns @ _as_matrix(kernel).T, 3, -1)
+        dx = _neighbours(before, 1)[0] + same + _neighbours(after, 1)[2]
+    batch, height, width, channels = x.shape
+    images = math.gcd(batch, max(1, BLOCK // (height * width)))
+    blocks = _transposed(x, images * height * width).reshape(-1, channels, images, height, width)
+    rows = _joined(_neighbours(blocks, 3), 1).reshape(-1, 3 * channels, images * height * width)
+    matrix = _outer_sum(rows, columns)
+    return dx, matrix.reshape(3, channels, 3, -1).swapaxes(1, 2).astype(kernel.dtype)
+
+
+_conv3x3.defvjp(lambda x, kernel: (_conv3x3(x, kernel), (x, kernel)), _conv3x3_backward)
+
+
+def _xla_is_faster(x: Array) -> bool:
+    return x.dtype != jnp.bfloat16 and x.shape[1] * x.shape[2] > SMALL_IMAGE
+
+
+def _xla_convolution(x: Array, kernel: Array) -> Array:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _as_matrix(kernel: Array) -> Array:
+    return kernel.swapaxes(1, 2).reshape(3 * kernel.shape[2], -1)
+
+
+def _neighbours(x: Array, axis: int) -> tuple[Array, Array, Array]:
+    """x[i-1], x[i] and x[i+1] along `axis`, with zeros beyond the edge."""
+    size = x.shape[axis]
+    zero = jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis))
+    before = jnp.concatenate([zero, jax.lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis)
+    after = jnp.concatenate([jax.lax.slice_in_dim(x, 1, size, axis=axis), zero], axis)
+    return before, x, after
+
+
+def _joined(parts: tuple[Array, ...], axis: int) -> Array:
+    """Joined along `axis`, and kept so in memory: what reads them does not compute them again."""
+    return jax.lax.optimization_barrier(jnp.concatenate(parts, axis))
+
+
+def _transposed(x: Float[Array, "*pixels C"], block: int) -> Float[Array, "blocks C block"]:
+    """Blocks of pixels, with each channel's contiguous in memory."""
+    x = x.reshape(-1, block, x.shape[-1]).swapaxes(1, 2)
+    return jax.lax.optimization_barrier(with_layout_constraint(x, Layout((0, 1, 2))))
+
+
+def _outer_sum(x_transposed: Float[Array, "blocks C block"], g: Float[Array, "*pixels D"]) -> Float[Array, "C D"]:
+    """The sum of x^T g over all pixels, in float32 across blocks."""
+    blocks, _, block = x_transposed.shape
+    products = jax.lax.dot_general(x_transposed, g.reshape(blocks, block, -1), (((2,), (1,)), ((0,), (0,))))
+    return products.sum(0, dtype=jnp.float32)
