@@ -36,9 +36,10 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... features"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
-        if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return y
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
 
 
 class Conv3x3(nn.Module):

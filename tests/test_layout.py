@@ -10,7 +10,7 @@ import pytest
 import diffusion_jax
 
 PACKAGE = Path(diffusion_jax.__file__).parent
-CORE = ("schedules", "diffusion", "sampling", "unet", "mlp")
+CORE = ("schedules", "diffusion", "sampling", "layers", "unet", "mlp")
 
 
 def imported_modules(file: Path) -> set[str]:
@@ -39,7 +39,7 @@ def test_the_library_does_not_import_the_experiments(file):
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
 def test_only_the_networks_import_linen(file):
-    assert ("flax.linen" in imported_modules(file)) == (file.stem in ("unet", "mlp"))
+    assert ("flax.linen" in imported_modules(file)) == (file.stem in ("layers", "unet", "mlp"))
 
 
 def test_the_core_holds_at_most_500_lines_of_code():

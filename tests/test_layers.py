@@ -1,0 +1,87 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.layers import BLOCK, GroupNorm, conv3x3, matmul, silu
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def normal(seed, *shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def assert_close(actual, expected, dtype="float32"):
+    """Equal to within a small part of the largest value expected."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max())
+
+
+def test_convolution_by_hand():
+    x, kernel = normal(0, 2, 3, 5, 2), normal(1, 3, 3, 2, 4)
+    expected = np.zeros((2, 3, 5, 4))
+    for h, w, i, j in np.ndindex(3, 5, 3, 3):
+        if 0 <= h + i - 1 < 3 and 0 <= w + j - 1 < 5:
+            expected[:, h, w] += np.asarray(x)[:, h + i - 1, w + j - 1] @ np.asarray(kernel)[i, j]
+    assert_close(conv3x3(x, kernel), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (3, 2, 5), (2, 4, 4), (5, 8, 4), (1, 33, 35), (256, 4, 4)])
+def test_convolution_and_its_gradients_are_those_of_xla_in_float32(shape, dtype):
+    x, kernel, g = normal(0, *shape, 5, dtype=dtype), normal(1, 3, 3, 5, 7, dtype=dtype), normal(2, *shape, 7, dtype=dtype)
+    wide = [jnp.float32(a) for a in (x, kernel, g)]
+    dimensions = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+    reference = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)  # noqa: E731
+    y, backward = jax.vjp(conv3x3, x, kernel)
+    expected, expected_backward = jax.vjp(reference, *wide[:2])
+    for actual, other in zip([y, *backward(g)], [expected, *expected_backward(wide[2])], strict=True):
+        assert actual.dtype == dtype
+        assert_close(actual, other, dtype)
+
+
+@pytest.mark.parametrize("pixels", [(), (1,), (7,), (3, BLOCK), (2, 32, 48)])
+def test_gradients_of_a_product(pixels):
+    x, kernel, g = normal(0, *pixels, 5), normal(1, 5, 7), normal(2, *pixels, 7)
+    y, backward = jax.vjp(matmul, x, kernel)
+    dx, dkernel = backward(g)
+    assert_close(y, np.asarray(x) @ np.asarray(kernel))
+    assert_close(dx, np.asarray(g) @ np.asarray(kernel).T)
+    assert_close(dkernel, np.asarray(x, np.float64).reshape(-1, 5).T @ np.asarray(g, np.float64).reshape(-1, 7))
+
+
+def test_gradients_are_the_same_on_four_devices():
+    x, kernel = normal(0, 8, 6, 6, 3), normal(1, 3, 3, 3, 4)
+    loss = lambda kernel, x: (silu(conv3x3(x, kernel)) ** 2).sum()  # noqa: E731
+    gradient = lambda kernel, x: jax.lax.psum(jax.grad(loss)(kernel, x), "devices")  # noqa: E731
+    together = jax.pmap(gradient, "devices", in_axes=(None, 0), out_axes=None)(kernel, x.reshape(4, 2, 6, 6, 3))
+    assert_close(together, jax.grad(loss)(kernel, x))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 1), (8, 2), (16, 4), (32, 8), (48, 8)])
+def test_group_norm_is_that_of_flax(channels, groups):
+    x = 2 + 3 * normal(0, 2, 4, 6, channels)
+    params = {"scale": normal(1, channels), "bias": normal(2, channels)}
+    expected = nn.GroupNorm(groups, use_fast_variance=False).apply({"params": params}, x)
+    assert_close(GroupNorm().apply({"params": params}, x), expected)
+    shift = normal(3, 2, channels)
+    assert_close(GroupNorm().apply({"params": params}, x, shift), expected + shift[:, None, None])
+
+
+def test_group_norm_has_float32_statistics_of_bfloat16_images():
+    x = 4 + normal(0, 2, 32, 32, 8, dtype="bfloat16")
+    params = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}
+    y = GroupNorm().apply({"params": params}, x)
+    assert y.dtype == jnp.float32
+    assert_close(y, nn.GroupNorm(2, use_fast_variance=False).apply({"params": params}, jnp.float32(x)))
+
+
+def test_silu_and_its_gradient():
+    x = jnp.array([-1e4, -100.0, -20.0, -3.0, -1e-3, 0.0, 1e-3, 1.0, 20.0, 1e4])
+    wide = np.asarray(x, np.float64)
+    sigmoid = np.exp(-np.logaddexp(0, -wide))
+    np.testing.assert_allclose(silu(x), wide * sigmoid, rtol=1e-6, atol=1e-5)
+    slope = sigmoid * (1 + wide * (1 - sigmoid))
+    np.testing.assert_allclose(jax.vmap(jax.grad(silu))(x), slope, rtol=1e-5, atol=1e-5)
