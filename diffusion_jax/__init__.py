@@ -2,7 +2,15 @@
 
 from diffusion_jax.diffusion import convert, diffusion_loss, loss_at, make_denoiser, posterior, q_sample
 from diffusion_jax.mlp import MLP
-from diffusion_jax.sampling import SamplerTable, ancestral_table, ddim_table, dpm_solver_table, sample, sample_trajectory
+from diffusion_jax.sampling import (
+    SamplerTable,
+    ancestral_table,
+    ddim_table,
+    dpm_solver_table,
+    padded,
+    sample,
+    sample_trajectory,
+)
 from diffusion_jax.schedules import NoiseSchedule, cosine_schedule, linear_schedule, schedule_from_beta
 from diffusion_jax.training import (
     TrainState,
@@ -35,6 +43,7 @@ __all__ = [
     "loss_at",
     "make_denoiser",
     "over_devices",
+    "padded",
     "posterior",
     "q_sample",
     "sample",

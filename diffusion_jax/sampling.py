@@ -95,16 +95,31 @@ def dpm_solver_table(schedule: NoiseSchedule, sampling_timesteps: int | None = N
     return SamplerTable(t, a, b - d, c, d)
 
 
+def padded(table: SamplerTable, num_steps: int) -> SamplerTable:
+    """The same steps as a table of `num_steps` rows, so that samplers of any kind and length run in one compiled `sample`.
+
+    Rows of zeros follow the last step: t = 0 ends a table. Raises ValueError if the table has more rows than that.
+    """
+    missing = num_steps - len(table.t)
+    if missing < 0:
+        raise ValueError(f"num_steps must be at least the table's {len(table.t)} steps, got {num_steps}")
+    return SamplerTable(*(np.pad(column, (0, missing)) for column in table))
+
+
 def sample(denoise: Denoise, table: SamplerTable, keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
     """One x_0 of `shape` for each key, in memory that does not grow with the number of steps (eq. 11).
 
-    Sample i depends on keys[i] alone, whatever the batch size and the device count.
+    Sample i depends on keys[i] alone, whatever the batch size and the device count. The loop ends at the table's end or at its
+    first row of t = 0, so it has no reverse-mode gradient; `sample_trajectory` has.
     """
-    noise = _normal(keys, 0, shape)
-    (x_0, _), _ = jax.lax.scan(
-        lambda carry, row: (_step(denoise, row, carry, keys), None), (noise, jnp.zeros_like(noise)), _on_device(table)
-    )
-    return x_0
+    table, noise = _on_device(table), _normal(keys, 0, shape)
+
+    def step(carry):
+        number, state = carry
+        return number + 1, _step(denoise, jax.tree.map(lambda column: column[number], table), state, keys)
+
+    going_on = lambda carry: (carry[0] < len(table.t)) & (table.t[carry[0]] > 0)  # noqa: E731
+    return jax.lax.while_loop(going_on, step, (0, (noise, jnp.zeros_like(noise))))[1][0]
 
 
 def sample_trajectory(

@@ -140,18 +140,22 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, images: np.ndarray, ke
 
 
 def make_sampler(config: Config, schedule: dj.NoiseSchedule, sample_fn: Callable = dj.sample) -> Callable:
-    """draw(params, table, key, first, count) -> samples first, first + 1, ... in [-1, 1], drawn on all devices."""
-    network, num_devices = make_network(config), jax.local_device_count()
+    """draw(params, table, key, first, count) -> samples first, first + 1, ... in [-1, 1], drawn on all devices.
+
+    One program draws them whatever the sampler and its number of steps; with `sample_trajectory`, one for each number of steps.
+    """
+    network, num_devices, whole_path = make_network(config), jax.local_device_count(), sample_fn is dj.sample_trajectory
 
     def draw(params, table, key, examples):
         predict = partial(network.apply, {"params": params})
         denoise = dj.make_denoiser(schedule, predict, config.target_type, clip=1.0)
         return sample_fn(denoise, table, dj.example_keys(key, examples), IMAGE_SHAPE)
 
-    axis = 1 if sample_fn is dj.sample_trajectory else 0
+    axis = 1 if whole_path else 0
     compiled = dj.over_devices(draw, (None, None, None, 0), axis, num_devices)
 
     def draw_samples(params: PyTree, table: dj.SamplerTable, key: Array, first: int, count: int) -> Float[np.ndarray, "..."]:
+        table = table if whole_path else dj.padded(table, config.num_timesteps)
         examples = jnp.arange(first, first + math.ceil(count / num_devices) * num_devices)
         return np.take(compiled(params, table, key, examples), range(count), axis)
 
