@@ -15,6 +15,7 @@ import numpy as np
 from command_line import one_line_errors, parse_command_line, require
 from figures import save_mixture_figure, save_score_figure
 from jaxtyping import Array, Float, Key
+from machine import prepare_machine
 from workdir import open_workdir, train_in
 
 import diffusion_jax as dj
@@ -47,6 +48,7 @@ def draw_mixture(key: Key[Array, ""]) -> Float[Array, " 2"]:
 
 
 def main() -> None:
+    prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
         for name in ("iterations", "batch_size", "checkpoint_every"):

@@ -18,6 +18,7 @@ import numpy as np
 from command_line import one_line_errors, parse_command_line, require
 from figures import save_grid, save_noise_figure
 from jaxtyping import Array, Float, Key, PyTree
+from machine import prepare_machine
 from workdir import open_workdir, train_in
 
 import diffusion_jax as dj
@@ -163,6 +164,7 @@ def make_sampler(config: Config, schedule: dj.NoiseSchedule, sample_fn: Callable
 
 
 def main() -> None:
+    prepare_machine()
     with one_line_errors():
         preset = choose_preset(sys.argv[1:])
         config = parse_command_line(PRESETS[preset], __doc__)

@@ -14,6 +14,7 @@ import mnist
 import numpy as np
 from command_line import one_line_errors, parse_command_line, require
 from figures import save_grid
+from machine import prepare_machine
 from tqdm import tqdm
 from workdir import read_config
 
@@ -40,6 +41,7 @@ class Config:
 
 
 def main() -> None:
+    prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
         out = Path(config.out)
