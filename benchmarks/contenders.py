@@ -3,7 +3,8 @@
 It says when its first training step is done, then answers each line with the seconds that the work on it took:
 
     train | forward | sample S | matmul
-    memory          bytes, the most that the process has held
+
+or with flops, of one forward pass, or memory, the most bytes that the process has held.
 """
 
 import contextlib
@@ -32,8 +33,8 @@ class Contender(NamedTuple):
     forward: Callable[[], Any]
     sample: Callable[[int], Any] | None
     matmul: Callable[[], Any]
-    flops: int
-    """Of one forward pass."""
+    flops: Callable[[], int]
+    """Of one forward pass, counted in the network's layers."""
 
 
 def ours(options: dict, precision: str) -> Contender:
@@ -76,7 +77,7 @@ def ours(options: dict, precision: str) -> Contender:
     forward = lambda: apply(state.params, x_t, t).block_until_ready()  # noqa: E731
     matmul = lambda: multiply(square, square).block_until_ready()  # noqa: E731
     layers = lambda params: network.apply({"params": params}, x_t, t)  # noqa: E731
-    return Contender(train, forward, sample, matmul, flops_of(jax.make_jaxpr(layers)(state.params).jaxpr))
+    return Contender(train, forward, sample, matmul, lambda: flops_of(jax.make_jaxpr(layers)(state.params).jaxpr))
 
 
 def flops_of(jaxpr) -> int:
@@ -96,8 +97,8 @@ def flops_of(jaxpr) -> int:
     return total
 
 
-def original(options: dict, compiled: bool = False, autocast: bool = False, keep_memory: bool = True) -> Contender:
-    """The original PyTorch code, trained as its examples/ex_mnist_simple.py does, in channels_last."""
+def original(options: dict, tuned: bool = True, compiled: bool = False, autocast: bool = False) -> Contender:
+    """The original PyTorch code, trained as its examples/ex_mnist_simple.py does."""
     sys.path.insert(0, options["reference"])
     from src.blocks import UNet
     from src.simple.diffusion import DiffusionModel, DiffusionModelConfig
@@ -108,7 +109,7 @@ def original(options: dict, compiled: bool = False, autocast: bool = False, keep
         input_shape=(1, SIDE, SIDE),
         config=DiffusionModelConfig(num_timesteps=T, target_type="pred_x_0", gamma_type="ddpm"),
     )
-    return in_torch(options, network, make, compiled, autocast, keep_memory)
+    return in_torch(options, network, make, tuned, compiled, autocast)
 
 
 def diffusers(options: dict) -> Contender:
@@ -129,31 +130,33 @@ def diffusers(options: dict) -> Contender:
         nn_module, parameters = staticmethod(lambda x, t: network(x, t).sample), network.parameters
         loss, train, eval = staticmethod(lambda x: (network(x, 1).sample - x) ** 2), network.train, network.eval
 
-    return in_torch(options, network, lambda _: Model, False, False, True)
+    return in_torch(options, network, lambda _: Model, tuned=True)
 
 
-def in_torch(options: dict, network, make_model: Callable, compiled: bool, autocast: bool, keep_memory: bool) -> Contender:
+def in_torch(
+    options: dict, network: Any, make_model: Callable, tuned: bool, compiled: bool = False, autocast: bool = False
+) -> Contender:
+    """Tuned is in channels_last, with freed memory kept as this project keeps it."""
     import torch
     from machine import keep_freed_memory
     from torch.utils.flop_counter import FlopCounterMode
 
-    if keep_memory:
+    if tuned:
         keep_freed_memory()
     torch.manual_seed(0)
-    network = network.to(memory_format=torch.channels_last)
-    model = make_model(torch.compile(network) if compiled else network)
+    layout = torch.channels_last if tuned else torch.contiguous_format
+    network = network.to(memory_format=layout)
+    model = make_model(torch.compile(network, dynamic=False) if compiled else network)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     data = torch.rand(1000, 1, SIDE, SIDE) * 2 - 1
-    x, t = (
-        data[: options["batch_size"]].contiguous(memory_format=torch.channels_last),
-        torch.ones(options["batch_size"], dtype=int),
-    )
+    x = data[: options["batch_size"]].contiguous(memory_format=layout)
+    t = torch.ones(options["batch_size"], dtype=torch.int64)
     square = torch.randn(MATMUL, MATMUL, dtype=torch.bfloat16 if autocast else torch.float32)
     cast = partial(torch.autocast, "cpu", torch.bfloat16) if autocast else contextlib.nullcontext
 
     def train():
         model.train()
-        batch = pick(torch.randint(len(data), (options["batch_size"],)))
+        batch = data[torch.randint(len(data), (options["batch_size"],))].contiguous(memory_format=layout)
         optimizer.zero_grad()
         with cast():
             loss = model.loss(batch).mean()
@@ -170,21 +173,22 @@ def in_torch(options: dict, network, make_model: Callable, compiled: bool, autoc
         with torch.no_grad(), cast():
             model.sample(options["num_samples"], "cpu", steps)
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(x, t)
-    return Contender(
-        train, forward, sample if hasattr(model, "sample") else None, lambda: square @ square, counter.get_total_flops()
-    )
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network.eval()(x, t)
+        return counter.get_total_flops()
+
+    return Contender(train, forward, sample if hasattr(model, "sample") else None, lambda: square @ square, flops)
 
 
 CONTENDERS = {
     "ours": partial(ours, precision="float32"),
     "ours, bfloat16": partial(ours, precision="bfloat16"),
-    "original, as it is": partial(original, keep_memory=False),
-    "original": original,
-    "original, torch.compile": partial(original, compiled=True),
-    "original, torch.compile, bfloat16": partial(original, compiled=True, autocast=True),
-    "diffusers UNet2DModel": diffusers,
+    "original, as it is": partial(original, tuned=False),
+    "original, tuned": original,
+    "original, tuned, torch.compile": partial(original, compiled=True),
+    "original, tuned, torch.compile, bfloat16": partial(original, compiled=True, autocast=True),
+    "diffusers UNet2DModel, tuned": diffusers,
 }
 
 
@@ -197,12 +201,13 @@ def seconds(work: Callable, *args: int) -> float:
 def main() -> None:
     name, options = sys.argv[1], json.loads(sys.argv[2])
     contender = CONTENDERS[name](options)
-    first = seconds(contender.train)
-    print(json.dumps({"compile": first - seconds(contender.train), "flops": contender.flops}), flush=True)
+    print(json.dumps(seconds(contender.train)), flush=True)
     for line in sys.stdin:
         command, *args = line.split()
         if command == "memory":
-            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        elif command == "flops":
+            answer = contender.flops()
         else:
             work = getattr(contender, command)
             answer = None if work is None else seconds(work, *map(int, args))

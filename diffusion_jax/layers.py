@@ -9,7 +9,9 @@ x^T slowly, and the filter gradient of a convolution is worse. So here
         y[h, w] = sum_j (sum_i x[h+i-1, w+j-1] M[i, j])     gather three rows, multiply, add up three columns           (1)
         dx      = the same with M^T, columns gathered and rows added up;   dM = (gathered rows of x)^T (gathered columns of g)
 
-    XLA's own convolution is the faster forward in float32 on images larger than 4x4, and on GPU and TPU always.
+    XLA's own convolution is faster for y and dx in float32 on images larger than 4x4.
+
+On GPU and TPU both are XLA's own. On a CPU they have no forward-mode derivative, as any function with a gradient of its own.
 """
 
 import math
@@ -81,23 +83,28 @@ def _grouped(x: Array, groups: int) -> Array:
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """x sigmoid(x) (Elfwing et al. 2018), by way of tanh, which costs a CPU half of exp and a division."""
-    return x / 2 * (1 + jnp.tanh(x / 2))
+    """x sigmoid(x) (Elfwing et al. 2018), by way of tanh, which costs a CPU half of exp and a division; in float32 inside."""
+    half = x.astype(jnp.promote_types(x.dtype, jnp.float32)) / 2
+    return (half * (1 + jnp.tanh(half))).astype(x.dtype)
+
+
+def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array, "... D"]:
+    """x @ kernel."""
+    return _matmul(x, kernel) if jax.default_backend() == "cpu" else x @ kernel
 
 
 @jax.custom_vjp
-def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array, "... D"]:
-    """x @ kernel."""
+def _matmul(x, kernel):
     return x @ kernel
 
 
 def _matmul_backward(saved, g):
     x, kernel = saved
-    block = math.gcd(BLOCK, math.prod(x.shape[:-1]))
+    block = _block(math.prod(x.shape[:-1]), BLOCK)
     return g @ kernel.T, _outer_sum(_transposed(x, block), g).astype(kernel.dtype)
 
 
-matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
+_matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
 
 
 def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
@@ -122,7 +129,7 @@ def _conv3x3_backward(saved, g):
         after, same, before = jnp.split(columns @ _as_matrix(kernel).T, 3, -1)
         dx = _neighbours(before, 1)[0] + same + _neighbours(after, 1)[2]
     batch, height, width, channels = x.shape
-    images = math.gcd(batch, max(1, BLOCK // (height * width)))
+    images = _block(batch, max(1, BLOCK // (height * width)))
     blocks = _transposed(x, images * height * width).reshape(-1, channels, images, height, width)
     rows = _joined(_neighbours(blocks, 3), 1).reshape(-1, 3 * channels, images * height * width)
     matrix = _outer_sum(rows, columns)
@@ -158,6 +165,12 @@ def _joined(parts: tuple[Array, ...], axis: int) -> Array:
     return jax.lax.optimization_barrier(jnp.concatenate(parts, axis))
 
 
+def _block(count: int, most: int) -> int:
+    """The largest divisor of `count` up to `most`; `count` itself where that would make blocks too small to be worth it."""
+    divisor = next((size for size in range(min(count, most), 0, -1) if count % size == 0), 1)
+    return divisor if 4 * divisor >= most else max(count, 1)
+
+
 def _transposed(x: Float[Array, "*pixels C"], block: int) -> Float[Array, "blocks C block"]:
     """Blocks of pixels, with each channel's contiguous in memory."""
     x = x.reshape(-1, block, x.shape[-1]).swapaxes(1, 2)
@@ -165,7 +178,7 @@ def _transposed(x: Float[Array, "*pixels C"], block: int) -> Float[Array, "block
 
 
 def _outer_sum(x_transposed: Float[Array, "blocks C block"], g: Float[Array, "*pixels D"]) -> Float[Array, "C D"]:
-    """The sum of x^T g over all pixels, in float32 across blocks."""
+    """The sum of x^T g over all pixels, added up across blocks in float32 at least."""
     blocks, _, block = x_transposed.shape
-    products = jax.lax.dot_general(x_transposed, g.reshape(blocks, block, -1), (((2,), (1,)), ((0,), (0,))))
-    return products.sum(0, dtype=jnp.float32)
+    products = jax.lax.dot_general(x_transposed, g.reshape(blocks, block, g.shape[-1]), (((2,), (1,)), ((0,), (0,))))
+    return products.sum(0, dtype=jnp.promote_types(g.dtype, jnp.float32))

@@ -98,7 +98,8 @@ def dpm_solver_table(schedule: NoiseSchedule, sampling_timesteps: int | None = N
 def padded(table: SamplerTable, num_steps: int) -> SamplerTable:
     """The same steps as a table of `num_steps` rows, so that samplers of any kind and length run in one compiled `sample`.
 
-    Rows of zeros follow the last step: t = 0 ends a table. Raises ValueError if the table has more rows than that.
+    Rows of zeros follow the last step: t = 0 ends a table there, though not in `sample_trajectory`, which takes every row.
+    Raises ValueError if the table has more rows than that.
     """
     missing = num_steps - len(table.t)
     if missing < 0:

@@ -19,10 +19,8 @@ def prepare_machine() -> None:
 
 def keep_compiled_programs() -> None:
     """In ~/.cache/diffusion_jax, apart for each kind of processor; JAX_COMPILATION_CACHE_DIR names another folder."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA logs 2 kB, as an error, for each program that it finds there
     if jax.config.jax_compilation_cache_dir is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusion_jax" / processor()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"~/.cache/diffusion_jax/{processor()}"))
 
 
 def processor() -> str:
@@ -36,7 +34,6 @@ def processor() -> str:
 
 def keep_freed_memory() -> None:
     """Under glibc, which else returns a step's buffers to the system and takes them back zeroed: a tenth of a step on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            mallopt(option, value)
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+            ctypes.CDLL(None).mallopt(option, value)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ def normal(seed, *shape, dtype="float32"):
 def assert_close(actual, expected, dtype="float32"):
     """Equal to within a small part of the largest value expected."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max(initial=0))
 
 
 def test_convolution_by_hand():
@@ -28,28 +30,51 @@ def test_convolution_by_hand():
     assert_close(conv3x3(x, kernel), expected)
 
 
+OPTIMIZED = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 2})  # as users run it, not as conftest does
+VARIANTS = pytest.mark.parametrize("variant", [OPTIMIZED, lambda fn: fn], ids=["optimized", "nojit"])
+
+
+def value_and_gradients(fn):
+    def both(x, kernel, g):
+        y, backward = jax.vjp(fn, x, kernel)
+        return y, *backward(g)
+
+    return both
+
+
+@VARIANTS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(2, 1, 1), (3, 2, 5), (2, 4, 4), (5, 8, 4), (1, 33, 35), (256, 4, 4)])
-def test_convolution_and_its_gradients_are_those_of_xla_in_float32(shape, dtype):
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1), (3, 2, 5), (0, 2, 2), (2, 4, 4), (5, 8, 4), (1, 33, 35), (256, 4, 4), (101, 4, 4)]
+)
+def test_convolution_and_its_gradients_are_those_of_xla_in_float32(shape, dtype, variant):
     x, kernel, g = normal(0, *shape, 5, dtype=dtype), normal(1, 3, 3, 5, 7, dtype=dtype), normal(2, *shape, 7, dtype=dtype)
-    wide = [jnp.float32(a) for a in (x, kernel, g)]
     dimensions = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
     reference = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)  # noqa: E731
-    y, backward = jax.vjp(conv3x3, x, kernel)
-    expected, expected_backward = jax.vjp(reference, *wide[:2])
-    for actual, other in zip([y, *backward(g)], [expected, *expected_backward(wide[2])], strict=True):
-        assert actual.dtype == dtype
-        assert_close(actual, other, dtype)
+    actual = variant(value_and_gradients(conv3x3))(x, kernel, g)
+    expected = value_and_gradients(reference)(*map(jnp.float32, (x, kernel, g)))
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == dtype
+        assert_close(one, other, dtype)
 
 
-@pytest.mark.parametrize("pixels", [(), (1,), (7,), (3, BLOCK), (2, 32, 48)])
-def test_gradients_of_a_product(pixels):
+@VARIANTS
+@pytest.mark.parametrize("pixels", [(), (1,), (7,), (3, BLOCK), (2, 32, 48), (2003,)])
+def test_gradients_of_a_product(pixels, variant):
     x, kernel, g = normal(0, *pixels, 5), normal(1, 5, 7), normal(2, *pixels, 7)
-    y, backward = jax.vjp(matmul, x, kernel)
-    dx, dkernel = backward(g)
+    y, dx, dkernel = variant(value_and_gradients(matmul))(x, kernel, g)
     assert_close(y, np.asarray(x) @ np.asarray(kernel))
     assert_close(dx, np.asarray(g) @ np.asarray(kernel).T)
     assert_close(dkernel, np.asarray(x, np.float64).reshape(-1, 5).T @ np.asarray(g, np.float64).reshape(-1, 7))
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        x, kernel, g = (
+            normal(seed, *shape, dtype="float64") for seed, shape in enumerate([(3, 1024, 5), (5, 7), (3, 1024, 7)])
+        )
+        dkernel = jax.vjp(matmul, x, kernel)[1](g)[1]
+        np.testing.assert_allclose(dkernel, np.einsum("bnc,bnd->cd", x, g), rtol=1e-10, atol=1e-10)
 
 
 def test_gradients_are_the_same_on_four_devices():
@@ -83,5 +108,6 @@ def test_silu_and_its_gradient():
     wide = np.asarray(x, np.float64)
     sigmoid = np.exp(-np.logaddexp(0, -wide))
     np.testing.assert_allclose(silu(x), wide * sigmoid, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(silu(x.astype("bfloat16")).astype(float), silu(x), rtol=0.02, atol=1e-5)
     slope = sigmoid * (1 + wide * (1 - sigmoid))
     np.testing.assert_allclose(jax.vmap(jax.grad(silu))(x), slope, rtol=1e-5, atol=1e-5)

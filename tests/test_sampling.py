@@ -157,17 +157,28 @@ def test_a_sample_depends_on_its_key_alone(keys):
     assert len(np.unique(np.asarray(whole[-1]).ravel())) == whole[-1].size
 
 
-def test_another_sampler_of_as_many_steps_does_not_recompile(keys):
+def test_another_sampler_and_number_of_steps_do_not_recompile_and_change_nothing(keys):
     traces = []
 
     @jax.jit
     def draw(table, keys):
         traces.append(0)
-        return dj.sample(lambda x_t, t: 0.5 * x_t, table, keys, (3,))
+        return dj.sample(lambda x_t, t: jnp.tanh(x_t), table, keys, (3,))
 
+    T = SCHEDULES[0].num_timesteps
     for make_table in TABLES:
-        draw(make_table(SCHEDULES[0], 5), keys)
+        for S in (1, 4, T):
+            table = make_table(SCHEDULES[0], S)
+            padded = dj.padded(table, T)
+            assert all(len(column) == T for column in padded)
+            alone = dj.sample_trajectory(lambda x_t, t: jnp.tanh(x_t), table, keys, (3,))[0]
+            np.testing.assert_allclose(draw(padded, keys), alone, rtol=1e-5, atol=1e-6)
     assert len(traces) == 1
+
+
+def test_a_table_longer_than_asked_is_named():
+    with pytest.raises(ValueError, match="num_steps must be at least the table's 4 steps, got 3"):
+        dj.padded(dj.ancestral_table(SCHEDULES[2], sampling_timesteps=4), 3)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
