@@ -1,11 +1,14 @@
 """A run's folder: config.json says what the run is, checkpoints/ holds its state, metrics.csv has one row a step."""
 
+import contextlib
 import csv
 import dataclasses
 import json
+import math
 import os
+import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +64,10 @@ def train_in(
     """Continue from the newest checkpoint, or from `state`, to `iterations` steps; `step_fn(state, step)` takes one of them.
 
     Metrics are written before the checkpoint that covers them, and rows past the checkpoint that a run resumes from are
-    dropped, so metrics.csv has each step once however often the run was stopped.
+    dropped, so metrics.csv has each step once however often the run was stopped. Ctrl-C and SIGTERM save and exit with 128 and
+    the signal's number; a loss or gradient that is not finite exits with 1, and no state past it is saved.
     """
-    with open_checkpoints(workdir / "checkpoints") as checkpoints:
+    with open_checkpoints(workdir / "checkpoints") as checkpoints, stop_requests() as requests:
         state = restore_latest(checkpoints, state)
         start = int(state.step)
         if start:
@@ -75,17 +79,56 @@ def train_in(
             for step in range(start + 1, iterations + 1):
                 state, metrics = step_fn(state, step - 1)
                 pending.append((step, metrics))
-                due = step == iterations or step % checkpoint_every == 0
+                due = step == iterations or step % checkpoint_every == 0 or bool(requests)
                 if due or step % LOG_EVERY == 0:
                     rows = [{"step": number, **jax.device_get(values)} for number, values in pending]
                     _append_rows(workdir / "metrics.csv", rows)
+                    check_finite(rows, workdir)
                     bar.set_postfix(loss=f"{sum(row['loss'] for row in rows) / len(rows):.4f}", refresh=False)
                     bar.update(len(rows))
                     pending = []
                 if due:
                     save(checkpoints, state)
+                if requests:
+                    break
                 after_step(state, step)
+    if requests and state.step < iterations:
+        name = signal.Signals(requests[0]).name
+        print(f"{name}: saved {workdir} at step {state.step} of {iterations}; the same command continues it", file=sys.stderr)
+        raise SystemExit(128 + requests[0])
     return state
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM, as the first of them arrives; the second does what it always did."""
+    requests, before = [], {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _: Any) -> None:
+        requests.append(number)
+        restore()
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print is not safe in a handler
+
+    before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
+    try:
+        yield requests
+    finally:
+        restore()
+
+
+def check_finite(rows: list[dict[str, Any]], workdir: Path) -> None:
+    """Exit with one line, and status 1, on the first step whose metrics are not finite."""
+    for row in rows:
+        if not all(math.isfinite(value) for value in row.values()):
+            values = ", ".join(f"{name} {value:g}" for name, value in row.items() if name != "step")
+            raise SystemExit(
+                f"error: step {row['step']} is not finite ({values}); {workdir} keeps its last checkpoint before it, from "
+                f"which the same command (with the seed in config.json) comes to the same step; try a lower --learning-rate"
+            )
 
 
 def _append_rows(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -92,6 +92,38 @@ def test_killed_and_repeated_is_never_killed(trained, tmp_path):
     assert_same_run(workdir, trained)
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal_it_saves_and_says_how_to_go_on(trained, tmp_path, number, status):
+    workdir = tmp_path / "stopped"
+    with tempfile.TemporaryFile("w+") as output:
+        process = start("mnist.py", *TINY, "--workdir", workdir, output=output)
+        while not list(workdir.glob("checkpoints/2")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(timeout=120) == status
+        output.seek(0)
+        said = output.read()
+    with open_checkpoints(workdir / "checkpoints") as checkpoints:
+        step = checkpoints.latest_step()
+    assert f"{number.name}: saved {workdir} at step {step} of 8" in said
+    assert "Traceback" not in said
+    run("mnist.py", *TINY, "--workdir", workdir)
+    assert_same_run(workdir, trained)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    args = ["--workdir", tmp_path / "run", "--learning-rate", "1e30", "--checkpoint-every", "1", "--sample-every", "0"]
+    with tempfile.TemporaryFile("w+") as output:
+        assert start("mnist.py", *TINY, *args, output=output).wait(timeout=300) == 1
+        output.seek(0)
+        said = output.read()
+    assert "is not finite (grad_norm" in said
+    assert "Traceback" not in said
+    assert f"error: step {len((tmp_path / 'run' / 'metrics.csv').read_text().splitlines()) - 1} is not" in said
+    chex.assert_tree_all_finite(final_state(tmp_path / "run").params)
+
+
 @pytest.mark.slow
 def test_four_devices_train_what_one_does(trained, tmp_path):
     run("mnist.py", *TINY, "--workdir", tmp_path / "four", devices=4)
