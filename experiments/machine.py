@@ -19,7 +19,7 @@ def prepare_machine() -> None:
 
 def keep_compiled_programs() -> None:
     """In ~/.cache/diffusion_jax, apart for each kind of processor; JAX_COMPILATION_CACHE_DIR names another folder."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"~/.cache/diffusion_jax/{processor()}"))
 
 
