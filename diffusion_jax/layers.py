@@ -60,7 +60,7 @@ class Conv3x3(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalization (Wu & He 2018) in up to 8 groups of at least 4 channels, plus a shift for each example; in float32.
 
-    Mean and variance enter through one affine map of each example's channels, so that a pass reads x once.
+    Mean and variance enter through one affine map of each example's channels.
     """
 
     @nn.compact
@@ -70,10 +70,11 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))[None]
         x = x.astype(jnp.float32)
-        mean, mean_square = (jnp.mean(_grouped(m, groups), -1) for m in (x.mean((1, 2)), (x**2).mean((1, 2))))
-        variance = jnp.maximum(mean_square - mean**2, 0)
-        slope = jnp.repeat(jax.lax.rsqrt(variance + 1e-6), channels // groups, -1) * scale[None]
-        offset = bias - jnp.repeat(mean, channels // groups, -1) * slope
+        mean = jnp.repeat(_grouped(x.mean((1, 2)), groups).mean(-1), channels // groups, -1)
+        square = ((x - mean[:, None, None]) ** 2).mean((1, 2))
+        deviation = jnp.sqrt(jnp.repeat(_grouped(square, groups).mean(-1), channels // groups, -1) + 1e-6)
+        slope = scale[None] / deviation
+        offset = bias - mean * slope
         offset = offset if shift is None else offset + shift.astype(jnp.float32)
         return x * slope[:, None, None] + offset[:, None, None]
 
