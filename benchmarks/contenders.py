@@ -39,9 +39,9 @@ class Contender(NamedTuple):
 
 def ours(options: dict, precision: str) -> Contender:
     """This project, as experiments/mnist.py runs it."""
-    from machine import prepare_machine
+    from machine import keep_freed_memory
 
-    prepare_machine()
+    keep_freed_memory()
     import dataclasses
 
     import jax
@@ -51,17 +51,14 @@ def ours(options: dict, precision: str) -> Contender:
 
     import diffusion_jax as dj
 
-    jax.config.update("jax_enable_compilation_cache", False)
     size = {"embed_dim": options["embed_dim"], "dim_scales": CHANNELS, "batch_size": options["batch_size"]}
     config = dataclasses.replace(mnist.PRESETS["paper"], precision=precision, num_timesteps=T, **size)
     schedule, key = dj.cosine_schedule(T), jax.random.key(0)
     state = mnist.initial_state(config, key)
     images = np.random.default_rng(0).integers(0, 256, (1000, 28, 28, 1), np.uint8)
-    step, draw, network = (
-        mnist.make_step(config, schedule, images, key),
-        mnist.make_sampler(config, schedule),
-        mnist.make_network(config),
-    )
+    step = mnist.make_step(config, schedule, images, key)
+    draw = mnist.make_sampler(config, schedule)
+    network = mnist.make_network(config)
     apply = jax.jit(lambda params, x_t, t: network.apply({"params": params}, x_t, t))
     x_t, t = jnp.zeros((options["batch_size"], SIDE, SIDE, 1)), jnp.ones(options["batch_size"], jnp.int32)
     square = jax.random.normal(key, (MATMUL, MATMUL), mnist.DTYPES[precision])

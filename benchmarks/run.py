@@ -44,7 +44,8 @@ class Worker:
     def __init__(self, name: str, options: Options):
         start = time.perf_counter()
         command = [sys.executable, str(HERE / "contenders.py"), name, json.dumps(dataclasses.asdict(options))]
-        alike = {"OMP_NUM_THREADS": str(CORES), "JAX_PLATFORMS": "cpu", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        alike = {"OMP_NUM_THREADS": str(CORES), "JAX_PLATFORMS": "cpu"}
+        alike |= {"JAX_ENABLE_COMPILATION_CACHE": "0", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
         self.name, pipe = name, subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | alike)
         first = self.answer()

@@ -79,7 +79,8 @@ def train_in(
             for step in range(start + 1, iterations + 1):
                 state, metrics = step_fn(state, step - 1)
                 pending.append((step, metrics))
-                due = step == iterations or step % checkpoint_every == 0 or bool(requests)
+                stopping = bool(requests)  # asked once: a signal after this line waits for the next step, which saves
+                due = step == iterations or step % checkpoint_every == 0 or stopping
                 if due or step % LOG_EVERY == 0:
                     rows = [{"step": number, **jax.device_get(values)} for number, values in pending]
                     _append_rows(workdir / "metrics.csv", rows)
@@ -89,7 +90,7 @@ def train_in(
                     pending = []
                 if due:
                     save(checkpoints, state)
-                if requests:
+                if stopping:
                     break
                 after_step(state, step)
     if requests and state.step < iterations:

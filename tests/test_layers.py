@@ -30,7 +30,7 @@ def test_convolution_by_hand():
     assert_close(conv3x3(x, kernel), expected)
 
 
-OPTIMIZED = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 2})  # as users run it, not as conftest does
+OPTIMIZED = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})  # as users run it, not as conftest does
 VARIANTS = pytest.mark.parametrize("variant", [OPTIMIZED, lambda fn: fn], ids=["optimized", "nojit"])
 
 
