@@ -33,7 +33,7 @@ def processor() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Under glibc, which else returns a step's buffers to the system and takes them back zeroed: a seventh of a step on a CPU."""
+    """Under glibc, which else gives a step's buffers back and takes them zeroed again: a seventh of a step on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
             ctypes.CDLL(None).mallopt(option, value)
