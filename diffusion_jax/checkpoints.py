@@ -1,34 +1,120 @@
-"""Save and restore the training state with Orbax. A step counts as saved once its folder has its final name."""
+"""Save and restore the training state with Orbax. A step counts as saved once its folder has its final name.
 
+Orbax and TensorStore do not notice a bit that flips in the values, so each folder lists its files with their checksums.
+"""
+
+import json
+import warnings
+import zlib
+from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from diffusion_jax.training import TrainState
 
+CHECKSUMS = "checksums.json"
+UNFINISHED = "*.orbax-checkpoint-tmp*"
+
 
 def open_checkpoints(directory: str | Path, keep: int = 2) -> ocp.CheckpointManager:
-    """The checkpoints in `directory`, of which the last `keep` are kept. Close it (or use `with`) to finish its last save."""
-    return ocp.CheckpointManager(Path(directory).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    """The checkpoints in `directory`, of which the last `keep` and that of the lowest loss (`best_step()`) are kept.
+
+    Close it (or use `with`) to finish its last save. Where there are several processes it belongs to this one alone.
+    """
+    directory = Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    _set_damaged_losses_aside(directory)
+    loss = lambda metrics: metrics["loss"]  # noqa: E731
+    best = BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    this_process = jax.process_index()
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+        best_fn=loss,
+        best_mode="min",
+        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=this_process, active_processes={this_process}),
+        async_options=ocp.options.AsyncOptions(post_finalization_callback=partial(_write_checksums, directory)),
+    )
+    return ocp.CheckpointManager(directory, item_handlers=ocp.StandardCheckpointHandler(), options=options)
 
 
-def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
-    """Save `state` under its step, in the background, unless that step is saved already."""
+def save(checkpoints: ocp.CheckpointManager, state: TrainState, loss: float | None = None) -> None:
+    """Save `state` under its step, in the background, unless that step is saved already. `loss` is what it is judged by.
+
+    The error of a save that failed in the background is raised by the next one, or by closing.
+    """
     step = int(state.step)
-    if step != checkpoints.latest_step():
-        checkpoints.save(step, args=ocp.args.StandardSave(_arrays(state)))
+    if step not in checkpoints.all_steps():
+        metrics = None if loss is None else {"loss": loss}
+        checkpoints.save(step, args=ocp.args.StandardSave(jax.device_get(_arrays(state))), metrics=metrics)
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The newest saved state, with the shapes and placement of `state`; `state` itself if none is saved."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return state
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(state))
-    return state.replace(**checkpoints.restore(step, args=ocp.args.StandardRestore(abstract)))
+    """The newest saved state that is whole, placed as `state` is; `state` itself if none is saved.
+
+    A checkpoint that is damaged or of another shape is named in a warning and passed over. Raises ValueError if all are.
+    """
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            return restore(checkpoints, step, state)
+        except ValueError as problem:
+            if step == steps[-1]:
+                raise
+            warnings.warn(f"{problem}; looking for the one before it", stacklevel=2)
+    return state
+
+
+def restore(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
+    """The state saved at `step`, placed as `state` is. Raises ValueError if it is damaged or of another shape than `state`."""
+    wanted = _arrays(state)
+    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), wanted)
+    try:
+        _check_files(Path(checkpoints.directory) / str(step))
+        _check_shapes(checkpoints.item_metadata(step), target)
+        saved = checkpoints.restore(step, args=ocp.args.StandardRestore(target))
+    except Exception as problem:  # TensorStore and Orbax have many kinds
+        reason = (str(problem) or type(problem).__name__).splitlines()[0][:300]
+        raise ValueError(f"checkpoint {step} in {checkpoints.directory} cannot be used: {reason}") from problem
+    return state.replace(**jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), saved, wanted))
 
 
 def _arrays(state: TrainState) -> dict[str, PyTree]:
     return {name: getattr(state, name) for name in ("step", "params", "ema_params", "opt_state")}
+
+
+def _write_checksums(directory: Path) -> None:
+    """In the folder of a save, while it still has its temporary name."""
+    for folder in directory.glob(UNFINISHED):
+        files = [file for file in (folder / "default").rglob("*") if file.is_file()]
+        checksums = {str(file.relative_to(folder)): zlib.crc32(file.read_bytes()) for file in files}
+        (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
+
+
+def _set_damaged_losses_aside(directory: Path) -> None:
+    for file in directory.glob("*/metrics/metrics"):  # Orbax reads them all to begin with, and can do without
+        try:
+            json.loads(file.read_text())
+        except ValueError:
+            warnings.warn(f"{file} is damaged: that checkpoint cannot be the best one", stacklevel=3)
+            file.rename(file.with_suffix(".damaged"))
+
+
+def _check_files(folder: Path) -> None:
+    for name, checksum in json.loads((folder / CHECKSUMS).read_text()).items():
+        if zlib.crc32((folder / name).read_bytes()) != checksum:
+            raise ValueError(f"{name} is damaged")
+
+
+def _check_shapes(metadata: PyTree, target: PyTree) -> None:
+    saved = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(metadata.tree)}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(target)
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+    for name in [*wanted, *saved]:
+        if saved.get(name) != wanted.get(name):
+            raise ValueError(f"{name} has the shape {saved.get(name)}, and this run's {wanted.get(name)}")

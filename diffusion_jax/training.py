@@ -1,6 +1,6 @@
 """The training state, one training step, and the one place that knows how many devices there are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,7 +64,7 @@ def over_devices(
     fn: Callable,
     in_axes: tuple[int | None, ...],
     out_axes: int | None,
-    num_devices: int = 1,
+    devices: Sequence[Any],
     donate_argnums: tuple[int, ...] = (),
 ) -> Callable:
     """Compile `fn`, with jit on one device or with pmap on several. Nothing else in the project knows which.
@@ -72,26 +72,32 @@ def over_devices(
     `fn` sees a slice of each argument whose `in_axes` is 0 and the whole of each whose `in_axes` is None. Its results are
     joined along `out_axes`; where that is None they must be the same on every device, and to make them so `fn` is given
     `mean_over_devices` as well. The compiled function takes and returns whole arrays, and raises ValueError where the length
-    of one to be sliced is not a multiple of `num_devices`.
+    of one to be sliced is not a multiple of the number of devices.
+
+    `devices` may belong to several processes, if `out_axes` is None: then each of them calls the compiled function with the
+    same arguments and gets the same results, and copies to its own devices only the slices that are theirs.
     """
-    if num_devices == 1:
+    if len(devices) == 1:
         fn = partial(fn, mean_over_devices=lambda tree: tree) if out_axes is None else fn
         return jax.jit(fn, donate_argnums=donate_argnums)
+    devices = sorted(devices, key=lambda device: device.process_index)
+    owners = [device.process_index for device in devices]
+    mine = slice(owners.index(jax.process_index()), owners.index(jax.process_index()) + owners.count(jax.process_index()))
     pmean = partial(jax.lax.pmean, axis_name=AXIS_NAME)
     mapped = jax.pmap(
         partial(fn, mean_over_devices=pmean) if out_axes is None else fn,
         axis_name=AXIS_NAME,
         in_axes=in_axes,
         out_axes=out_axes,
-        devices=jax.local_devices()[:num_devices],
+        devices=devices,
         donate_argnums=donate_argnums,
     )
 
     def place(arg, axis):
         if axis is None:  # as the results are, so that the next call finds the same placement and does not compile again
-            return replicate(arg, num_devices)
-        check_divisible(len(arg), num_devices)
-        return arg.reshape(num_devices, -1, *arg.shape[1:])
+            return replicate(arg, devices)
+        check_divisible(len(arg), len(devices))
+        return arg.reshape(len(devices), -1, *arg.shape[1:])[mine]
 
     def join(x, axis):
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
@@ -103,11 +109,11 @@ def over_devices(
     return compiled
 
 
-def replicate(tree: PyTree, num_devices: int = 1) -> PyTree:
-    """The arrays of `tree` on each of the first `num_devices` devices; what a compiled function reads often is placed once."""
-    if num_devices == 1:
-        return jax.device_put(tree)
-    mesh = Mesh(jax.local_devices()[:num_devices], AXIS_NAME)
+def replicate(tree: PyTree, devices: Sequence[Any]) -> PyTree:
+    """The arrays of `tree` on each of this process's `devices`; what a compiled function reads often is placed once."""
+    if len(devices) == 1:
+        return jax.device_put(tree, devices[0])
+    mesh = Mesh([device for device in devices if device.process_index == jax.process_index()], AXIS_NAME)
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import warnings
 import zlib
 from pathlib import Path
 
@@ -25,11 +26,24 @@ def keep_compiled_programs() -> None:
 
 def processor() -> str:
     """A name for the processor's kind: a program compiled for one may crash on another."""
+    return f"{platform.machine()}-{zlib.crc32(processor_flags().encode()):08x}"
+
+
+def processor_flags() -> str:
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
-        flags = platform.processor()
-    return f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
+        return platform.processor()
+
+
+def warn_of_emulated(precision: str) -> None:
+    """Say where bfloat16 will be computed by way of float32, which is slower than float32 itself."""
+    device = jax.devices()[0]
+    old_gpu = device.platform == "gpu" and float(getattr(device, "compute_capability", "8.0")) < 8
+    plain_cpu = device.platform == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"} & set(processor_flags().split())
+    if precision == "bfloat16" and (old_gpu or plain_cpu):
+        warnings.warn(f"{device.device_kind} has no bfloat16 arithmetic: --precision float32 is faster here", stacklevel=2)
 
 
 def keep_freed_memory() -> None:

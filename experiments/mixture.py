@@ -15,8 +15,9 @@ import numpy as np
 from command_line import one_line_errors, parse_command_line, require
 from figures import save_mixture_figure, save_score_figure
 from jaxtyping import Array, Float, Key
+from loop import train_in
 from machine import prepare_machine
-from workdir import open_workdir, train_in
+from workdir import one_line_if_unwritable, open_workdir
 
 import diffusion_jax as dj
 from diffusion_jax.sampling import strided_timesteps
@@ -75,7 +76,7 @@ def main() -> None:
         data_keys, loss_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         return dj.train_step(state, jax.vmap(draw_mixture)(data_keys), loss_keys, loss_fn=loss_fn, ema_decay=config.ema_decay)
 
-    state = train_in(workdir, state, lambda state, _: step(state), config.iterations, config.checkpoint_every)
+    state = train_in(workdir, config, state, lambda state, _: step(state))
 
     def predict(x_t: Array, t: Array) -> Any:
         return network.apply({"params": state.ema_params}, x_t, t)
@@ -86,8 +87,6 @@ def main() -> None:
     keys = dj.example_keys(sample_key, numbers)
     path = dj.sample_trajectory(denoise, table, keys, (2,))
     fast_path = dj.sample_trajectory(denoise, fast_table, keys, (2,))
-    times = strided_timesteps(NUM_TIMESTEPS, FAST_TIMESTEPS)[::-1]
-    save_mixture_figure(workdir / "figure.png", np.asarray(data), np.asarray(path), np.asarray(fast_path), times)
 
     grid = jnp.stack(jnp.meshgrid(jnp.linspace(-2.8, 2.8, 15), jnp.linspace(-2.8, 2.8, 15)), axis=-1).reshape(-1, 2)
     scores = []
@@ -95,7 +94,10 @@ def main() -> None:
         times = jnp.full(len(grid), t)
         eps_hat = dj.convert(schedule, predict(grid, times), grid, times, TARGET_TYPE, "pred_eps")
         scores.append(-eps_hat / schedule.sqrt_one_minus_alpha_bar[t])
-    save_score_figure(workdir / "score.png", np.asarray(grid), np.asarray(scores), np.asarray(path[1:]))
+    with one_line_if_unwritable(workdir):
+        fast_times = strided_timesteps(NUM_TIMESTEPS, FAST_TIMESTEPS)[::-1]
+        save_mixture_figure(workdir / "figure.png", np.asarray(data), np.asarray(path), np.asarray(fast_path), fast_times)
+        save_score_figure(workdir / "score.png", np.asarray(grid), np.asarray(scores), np.asarray(path[1:]))
     print(f"wrote {workdir / 'figure.png'} and {workdir / 'score.png'}", file=sys.stderr)
 
 

@@ -8,8 +8,10 @@ import argparse
 import dataclasses
 import math
 import sys
+import zlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -18,11 +20,13 @@ import numpy as np
 from command_line import one_line_errors, parse_command_line, require
 from figures import save_grid, save_noise_figure
 from jaxtyping import Array, Float, Key, PyTree
-from machine import prepare_machine
-from workdir import open_workdir, train_in
+from loop import train_in
+from machine import prepare_machine, warn_of_emulated
+from processes import check_same_everywhere, is_first_process, join_processes, wait_for_others
+from workdir import one_line_if_unwritable, open_workdir
 
 import diffusion_jax as dj
-from diffusion_jax.data import DatasetName, batch_indices, load_dataset, to_model_input
+from diffusion_jax.data import DatasetName, ImageData, batch_indices, load_dataset, to_model_input
 from diffusion_jax.diffusion import LossType, TargetType
 from diffusion_jax.sampling import SigmaType
 from diffusion_jax.training import check_divisible, replicate
@@ -69,9 +73,11 @@ class Config:
     sampling_timesteps: int | None = None
     """Steps of the final figure's samples; by default all T."""
     num_samples: int = 20
+    distributed: bool = False
+    """One process of several that train together."""
 
 
-MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples"}
+MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples", "distributed"}
 PRESETS = {
     "paper": Config(),
     "small": Config(
@@ -132,20 +138,19 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, images: np.ndarray, ke
             loss_fn=loss_fn, ema_decay=config.ema_decay, mean_over_devices=mean_over_devices,
         )  # fmt: skip
 
-    num_devices = jax.local_device_count()
-    compiled = dj.over_devices(step, (None, None, 0, 0), None, num_devices, donate_argnums=(0,))
-    on_device, examples = replicate(images, num_devices), jnp.arange(config.batch_size)
+    compiled = dj.over_devices(step, (None, None, 0, 0), None, jax.devices(), donate_argnums=(0,))
+    on_device, examples = replicate(images, jax.devices()), jnp.arange(config.batch_size)
     return lambda state, number: compiled(
         state, on_device, batch_indices(config.seed, number, config.batch_size, len(images)), examples
     )
 
 
 def make_sampler(config: Config, schedule: dj.NoiseSchedule, sample_fn: Callable = dj.sample) -> Callable:
-    """draw(params, table, key, first, count) -> samples first, first + 1, ... in [-1, 1], drawn on all devices.
+    """draw(params, table, key, first, count) -> samples first, first + 1, ... in [-1, 1], drawn on this process's devices.
 
     One program draws them whatever the sampler and its number of steps; with `sample_trajectory`, one for each number of steps.
     """
-    network, num_devices, whole_path = make_network(config), jax.local_device_count(), sample_fn is dj.sample_trajectory
+    network, devices, whole_path = make_network(config), jax.local_devices(), sample_fn is dj.sample_trajectory
 
     def draw(params, table, key, examples):
         predict = partial(network.apply, {"params": params})
@@ -153,11 +158,11 @@ def make_sampler(config: Config, schedule: dj.NoiseSchedule, sample_fn: Callable
         return sample_fn(denoise, table, dj.example_keys(key, examples), IMAGE_SHAPE)
 
     axis = 1 if whole_path else 0
-    compiled = dj.over_devices(draw, (None, None, None, 0), axis, num_devices)
+    compiled = dj.over_devices(draw, (None, None, None, 0), axis, devices)
 
     def draw_samples(params: PyTree, table: dj.SamplerTable, key: Array, first: int, count: int) -> Float[np.ndarray, "..."]:
         table = table if whole_path else dj.padded(table, config.num_timesteps)
-        examples = jnp.arange(first, first + math.ceil(count / num_devices) * num_devices)
+        examples = jnp.arange(first, first + math.ceil(count / len(devices)) * len(devices))
         return np.take(compiled(params, table, key, examples), range(count), axis)
 
     return draw_samples
@@ -166,37 +171,59 @@ def make_sampler(config: Config, schedule: dj.NoiseSchedule, sample_fn: Callable
 def main() -> None:
     prepare_machine()
     with one_line_errors():
+        join_processes(sys.argv[1:])
         preset = choose_preset(sys.argv[1:])
         config = parse_command_line(PRESETS[preset], __doc__)
         config = dataclasses.replace(config, preset=preset)
         check(config)
-        check_divisible(config.batch_size, jax.local_device_count())
+        check_divisible(config.batch_size, jax.device_count())
+        warn_of_emulated(config.precision)
         schedule = SCHEDULES[config.noise_schedule_type](config.num_timesteps)
         table = dj.ancestral_table(schedule, config.sigma_type, config.sampling_timesteps)
         preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
         init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
         state = initial_state(config, init_key)
-        data = load_dataset(config.dataset, config.data_dir)
+        data = load_once(config)
         config = dataclasses.replace(config, dataset=data.name)
-        workdir = open_workdir(config, MAY_DIFFER)
+        check_same_everywhere("options and data", fingerprint(config, data))
+        workdir = open_workdir(config, MAY_DIFFER) if is_first_process() else Path(config.workdir)
 
-    devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
-    print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    if is_first_process():
+        print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
     sampler = make_sampler(config, schedule)
 
     def preview(state: dj.TrainState, step: int) -> None:
         if config.sample_every and step % config.sample_every == 0 and step < config.iterations:
             samples = sampler(state.ema_params, preview_table, sample_key, 0, config.num_samples)
-            save_grid(workdir / f"samples_{step:06d}.png", samples)
+            if is_first_process():
+                save_grid(workdir / f"samples_{step:06d}.png", samples)
 
-    step = make_step(config, schedule, data.images, train_key)
-    state = train_in(workdir, state, step, config.iterations, config.checkpoint_every, preview)
+    state = train_in(workdir, config, state, make_step(config, schedule, data.images, train_key), preview)
 
     draw_path = make_sampler(config, schedule, dj.sample_trajectory)
     path = draw_path(state.ema_params, table, sample_key, 0, config.num_samples)
-    real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples])))
-    save_noise_figure(workdir / "figure.png", real, path)
-    print(f"wrote {workdir / 'figure.png'}")
+    if is_first_process():
+        real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples])))
+        with one_line_if_unwritable(workdir):
+            save_noise_figure(workdir / "figure.png", real, path)
+        print(f"wrote {workdir / 'figure.png'}")
+
+
+def load_once(config: Config) -> ImageData:
+    """The data set, which the first process alone prepares if need be."""
+    if not is_first_process():
+        wait_for_others("data")
+    data = load_dataset(config.dataset, config.data_dir)
+    if is_first_process():
+        wait_for_others("data")
+    return data
+
+
+def fingerprint(config: Config, data: ImageData) -> int:
+    """A number that tells whether processes agree on the run that they are of."""
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in {"workdir", "data_dir"}}
+    return zlib.crc32(data.images, zlib.crc32(repr(options).encode())) >> 1
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def setup(name, optimizer=None):
 
 
 def compile_step(step, num_devices, **options):
-    return dj.over_devices(step, (None, 0, 0), None, num_devices, **options)
+    return dj.over_devices(step, (None, 0, 0), None, jax.devices()[:num_devices], **options)
 
 
 def run(step, state, x_0, count):
@@ -146,8 +146,8 @@ def test_samples_do_not_depend_on_the_devices(sample_fn):
         return sample_fn(denoise, table, dj.example_keys(jax.random.key(7), examples), shape)
 
     axis = 1 if sample_fn is dj.sample_trajectory else 0
-    one, four = (dj.over_devices(draw, (None, None, 0), axis, n)(params, table, jnp.arange(8)) for n in (1, 4))
-    part = dj.over_devices(draw, (None, None, 0), axis, 1)(params, table, jnp.arange(2, 5))
+    one, four = (dj.over_devices(draw, (None, None, 0), axis, jax.devices()[:n])(params, table, jnp.arange(8)) for n in (1, 4))
+    part = dj.over_devices(draw, (None, None, 0), axis, jax.devices()[:1])(params, table, jnp.arange(2, 5))
     assert one.shape[axis:] == (8, *shape)
     np.testing.assert_allclose(one, four, atol=1e-5)
     np.testing.assert_allclose(jnp.take(one, jnp.arange(2, 5), axis), part, atol=1e-5)

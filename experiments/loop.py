@@ -1,0 +1,118 @@
+"""The training loop of every experiment: metrics, checkpoints and signals around the step that it is given."""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from command_line import one_line_errors
+from processes import from_first_process, is_first_process, largest_of_all
+from tqdm import tqdm
+from workdir import append_rows, one_line_if_unwritable, resume
+
+from diffusion_jax.checkpoints import open_checkpoints, save
+from diffusion_jax.training import TrainState
+
+LOG_EVERY = 10
+
+
+def train_in(
+    workdir: Path,
+    config: Any,
+    state: TrainState,
+    step_fn: Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]],
+    after_step: Callable[[TrainState, int], None] = lambda state, step: None,
+) -> TrainState:
+    """Continue from the newest whole checkpoint, or from `state`, to `config.iterations` steps; each is `step_fn(state, step)`.
+
+    Metrics are written before the checkpoint that covers them, and rows past the checkpoint that a run resumes from are
+    dropped, so metrics.csv has each step once however often the run was stopped. Ctrl-C and SIGTERM save and exit with 128 and
+    the signal's number. A loss or gradient that is not finite exits with 1, and no state past it is saved; so does a full disk.
+    """
+    logging.set_verbosity(logging.FATAL)  # a save that fails raises as well
+    first, stop, pending, losses = is_first_process(), 0, [], []
+    with (
+        one_line_if_unwritable(workdir),
+        stop_requests() as requests,
+        open_checkpoints(workdir / "checkpoints") if first else contextlib.nullcontext() as checkpoints,
+    ):
+        with one_line_errors():
+            state = from_first_process(resume(workdir, checkpoints, state) if checkpoints else state)
+        start = int(state.step)
+        if start and first:
+            print(f"resuming {workdir} at step {start} of {config.iterations}", file=sys.stderr)
+        with progress_bar(start, config.iterations) as bar:
+            for step in range(start + 1, config.iterations + 1):
+                state, metrics = step_fn(state, step - 1)
+                pending.append((step, metrics))
+                due = step == config.iterations or step % config.checkpoint_every == 0
+                logged = due or step % LOG_EVERY == 0
+                if logged or jax.process_count() == 1:
+                    # asked once: a signal after this line waits for the next step, which saves
+                    stop = largest_of_all(requests[0] if requests else 0)
+                if logged or stop:
+                    rows = [{"step": number, **jax.device_get(values)} for number, values in pending]
+                    pending = []
+                    losses += [float(row["loss"]) for row in rows]
+                    bar.set_postfix(loss=f"{sum(losses[-len(rows) :]) / len(rows):.4f}", refresh=False)
+                    bar.update(len(rows))
+                    if checkpoints:
+                        append_rows(workdir, rows)
+                        checkpoints.check_for_errors()
+                    check_finite(rows, workdir, config.seed)
+                if (due or stop) and checkpoints:
+                    save(checkpoints, state, loss=sum(losses) / len(losses))
+                    losses = []
+                if stop:
+                    break
+                after_step(state, step)
+    if stop and state.step < config.iterations:
+        where = f"{signal.Signals(stop).name}: saved {workdir} at step {state.step} of {config.iterations}"
+        print(f"{where}; the same command continues it", file=sys.stderr) if first else None
+        raise SystemExit(128 + stop)
+    return state
+
+
+def progress_bar(start: int, iterations: int) -> tqdm:
+    """Live in a terminal, a line now and then in a log file."""
+    patience = 0.5 if sys.stderr.isatty() else 30
+    hidden = not is_first_process()
+    return tqdm(total=iterations, initial=start, unit="step", mininterval=patience, dynamic_ncols=True, disable=hidden)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM, as the first of them arrives; the second does what it always did."""
+    requests, before = [], {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _: Any) -> None:
+        requests.append(number)
+        restore()
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print is not safe in a handler
+
+    before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
+    try:
+        yield requests
+    finally:
+        restore()
+
+
+def check_finite(rows: list[dict[str, Any]], workdir: Path, seed: int) -> None:
+    """Exit with one line, and status 1, on the first step whose metrics are not finite."""
+    for row in rows:
+        if not all(math.isfinite(value) for value in row.values()):
+            values = ", ".join(f"{name} {value:g}" for name, value in row.items() if name != "step")
+            raise SystemExit(
+                f"error: step {row['step']} of seed {seed} is not finite ({values}); {workdir} keeps its last checkpoint "
+                "before it, from which the same command comes to the same step; try a lower --learning-rate"
+            )

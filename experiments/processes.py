@@ -1,0 +1,69 @@
+"""One run in several processes, on JAX's own distributed runtime. The first process alone reads and writes the run's folder."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+HEARTBEAT_SECONDS = 30
+BARRIER_SECONDS = 1200
+
+
+def join_processes(args: Sequence[str]) -> None:
+    """With --distributed, find the run's other processes, before JAX looks for devices. Raises ValueError where it cannot.
+
+    SLURM, TPU pods, GKE and Open MPI say where they are; by hand, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID do. If one of the processes dies, JAX stops the others within HEARTBEAT_SECONDS or so.
+    """
+    if "--distributed" not in args:
+        return
+    try:
+        count, number = (
+            int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        )
+        jax.distributed.initialize(
+            num_processes=count,
+            process_id=number,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as problem:
+        raise ValueError(
+            "--distributed must be started by SLURM, on a TPU pod, by GKE or by Open MPI, or with JAX_COORDINATOR_ADDRESS, "
+            f"JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment ({str(problem).splitlines()[0]})"
+        ) from problem
+
+
+def is_first_process() -> bool:
+    return jax.process_index() == 0
+
+
+def wait_for_others(name: str) -> None:
+    """Until every process is here; each `name` serves once."""
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_SECONDS * 1000)
+
+
+def from_first_process(tree: PyTree) -> PyTree:
+    """The first process's arrays, bit for bit (as bytes, which a sum with zeros keeps), placed as this process's own are."""
+    if jax.process_count() == 1:
+        return tree
+    sent = multihost_utils.broadcast_one_to_all(jax.tree.map(lambda x: np.frombuffer(np.asarray(x).tobytes(), np.uint8), tree))
+    return jax.tree.map(
+        lambda x, mine: jax.device_put(np.asarray(x).view(mine.dtype).reshape(mine.shape), mine.sharding), sent, tree
+    )
+
+
+def largest_of_all(number: int) -> int:
+    """The largest of the numbers that the processes come with."""
+    return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def check_same_everywhere(what: str, number: int) -> None:
+    """Raise ValueError unless every process comes with the same `number`."""
+    largest, smallest = largest_of_all(number), -largest_of_all(-number)
+    if largest != smallest:
+        raise ValueError(f"all processes of a run must have the same {what}")
