@@ -3,6 +3,7 @@
 Reading and preparing go through TFDS without TensorFlow.
 """
 
+import contextlib
 import gzip
 import io
 import os
@@ -17,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "digits"]
 SECONDS_TO_REACH = 8.0
@@ -91,7 +92,8 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None) -> ImageData:
 
     logging.set_verbosity(logging.ERROR)
     data_dir = os.path.expanduser(data_dir or constants.DATA_DIR)
-    prepared = _tensorflow_free_builder(name)(data_dir=data_dir)
+    with _damage_is_named(name, data_dir):
+        prepared = _tensorflow_free_builder(name)(data_dir=data_dir)
     if not Path(prepared.data_path).exists():
         if problem := _why_unreachable(prepared.URL):
             raise DataUnavailable(f"{name} is not prepared in {data_dir} and cannot be downloaded ({problem})")
@@ -100,8 +102,20 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None) -> ImageData:
             prepared.download_and_prepare()
         except Exception as problem:
             raise DataUnavailable(f"{name} could not be prepared in {data_dir} ({problem})") from problem
-    examples = _read_examples(prepared)
-    return ImageData(name, np.stack([e["image"] for e in examples]), np.array([e["label"] for e in examples], np.int32))
+    with _damage_is_named(name, data_dir):
+        examples = _read_examples(prepared)
+        images = np.stack([example["image"] for example in examples])
+        return ImageData(name, images.reshape(-1, 28, 28, 1), np.array([example["label"] for example in examples], np.int32))
+
+
+@contextlib.contextmanager
+def _damage_is_named(name: str, data_dir: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as problem:  # Riegeli, Pillow, protobuf and TFDS have many kinds
+        reason = (str(problem) or type(problem).__name__).splitlines()[0][:200]
+        folder = Path(data_dir) / name
+        raise ValueError(f"{name} in {data_dir} is damaged: remove {folder}, and it is prepared again ({reason})") from problem
 
 
 def _read_examples(builder) -> list[dict]:
@@ -109,17 +123,38 @@ def _read_examples(builder) -> list[dict]:
     split = builder.info.splits["train"]
     if builder.info.file_format.value != "tfrecord":
         return builder.as_data_source("train").__getitems__(range(split.num_examples))
-    records = (record for path in split.filepaths for record in _read_tfrecords(path))
+    records = [record for path in split.filepaths for record in _read_tfrecords(path)]
+    if len(records) != split.num_examples:
+        raise ValueError(f"{len(records)} records of {split.num_examples}")
     return [builder.info.features.deserialize_example_np(record) for record in records]
 
 
-def _read_tfrecords(path: str | os.PathLike) -> Iterator[bytes]:
+def _read_tfrecords(path: str | os.PathLike) -> list[bytes]:
     """The records of a TFRecord file: the length as a little-endian uint64, its checksum, the record, its checksum."""
-    content, start = Path(path).read_bytes(), 0
+    content, start, records, expected = Path(path).read_bytes(), 0, [], []
     while start < len(content):
         (length,) = struct.unpack_from("<Q", content, start)
-        yield content[start + 12 : start + 12 + length]
+        records.append(content[start + 12 : start + 12 + length])
+        expected += struct.unpack_from("<I", content, start + 12 + length)
         start += 12 + length + 4
+    if np.any(_masked_crc32c(records) != np.array(expected, np.uint32)):
+        raise ValueError(f"a checksum in {path} differs")
+    return records
+
+
+def _masked_crc32c(records: list[bytes]) -> UInt32[np.ndarray, " N"]:
+    """The CRC-32C of each record, byte by byte for all of them at once, and masked as TFRecord files have it."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, table >> 1 ^ np.uint32(0x82F63B78), table >> 1)
+    lengths = np.array([len(record) for record in records], np.int64)
+    width = int(lengths.max(initial=0))
+    columns = np.frombuffer(b"".join(record.ljust(width, b"\0") for record in records), np.uint8).reshape(-1, width).T
+    crc = np.full(len(records), 0xFFFFFFFF, np.uint32)
+    for position, column in enumerate(columns):
+        crc = np.where(position < lengths, table[(crc ^ column) & 255] ^ crc >> 8, crc)
+    crc = ~crc
+    return (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8)
 
 
 def _tensorflow_free_builder(name: str):

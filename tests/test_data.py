@@ -2,11 +2,13 @@ import functools
 import gzip
 import http.server
 import json
+import re
 import socket
 import struct
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,19 +75,72 @@ def test_mnist_is_downloaded_once_and_then_read(reachable, tmp_path, monkeypatch
     check_images(data.load_dataset("mnist", tmp_path), reachable)
 
 
-def test_a_directory_in_tfds_default_format_is_read(reachable, tmp_path):
+def prepare(data_dir, file_format) -> Path:
+    """Prepare MNIST and, for tfrecord, rewrite it in TFDS's default format; the file of the training split is returned."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    data.load_dataset("mnist", tmp_path)
-    (folder,) = (tmp_path / "mnist").iterdir()
-    info = json.loads((folder / "dataset_info.json").read_text()) | {"fileFormat": "tfrecord"}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    for file in folder.glob("*.array_record-*"):
-        records = ArrayRecordReader(str(file)).read_all()
-        framed = b"".join(struct.pack("<QI", len(r), 0) + r + struct.pack("<I", 0) for r in records)
-        (folder / file.name.replace("array_record", "tfrecord")).write_bytes(framed)
-        file.unlink()
+    data.load_dataset("mnist", data_dir)
+    (folder,) = (data_dir / "mnist").iterdir()
+    if file_format == "tfrecord":
+        info = json.loads((folder / "dataset_info.json").read_text()) | {"fileFormat": "tfrecord"}
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+        for file in folder.glob("*.array_record-*"):
+            records = ArrayRecordReader(str(file)).read_all()
+            framed = b"".join(struct.pack("<QI", len(r), 0) + r + struct.pack("<I", masked_crc32c(r)) for r in records)
+            (folder / file.name.replace("array_record", "tfrecord")).write_bytes(framed)
+            file.unlink()
+    (file,) = folder.glob(f"*train.{file_format}-*")
+    return file
+
+
+def masked_crc32c(record: bytes) -> int:
+    """By long division, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in record:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def test_a_directory_in_tfds_default_format_is_read(reachable, tmp_path):
+    assert masked_crc32c(b"123456789") == ((0xE3069283 >> 15 | 0xE3069283 << 17) + 0xA282EAD8) & 0xFFFFFFFF  # RFC 3720's
+    prepare(tmp_path, "tfrecord")
     check_images(data.load_dataset("mnist", tmp_path), reachable)
+
+
+def complaint(data_dir, images) -> str | None:
+    """What loading says is wrong, or None after it gave what it should."""
+    try:
+        check_images(data.load_dataset("auto", data_dir), images)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_damaged_records_are_an_error_or_change_nothing(reachable, tmp_path, file_format):
+    file, rng = prepare(tmp_path, file_format), np.random.default_rng(0)
+    whole = file.read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    places = rng.integers(0, end, 40)
+    damages = [bytes([*whole[:at], whole[at] ^ 1 << at % 8, *whole[at + 1 :]]) for at in places]
+    complaints = []
+    for damage in [*damages, *(whole[: at * 2 // 3] for at in places[:5]), b""]:
+        file.write_bytes(damage)
+        complaints += filter(None, [complaint(tmp_path, reachable)])
+    assert len(complaints) > 20
+    for text in complaints:
+        assert re.fullmatch(r"mnist in .* is damaged: remove .*/mnist, and it is prepared again \(.+\)", text)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_damaged_descriptions_are_an_error_or_change_nothing(reachable, tmp_path, name):
+    file = prepare(tmp_path, "array_record").parent / name
+    whole = file.read_text()
+    for damage in (whole[:-20], whole.replace('"', "?", 3), "", "[]", "{}"):
+        file.write_text(damage)
+        assert "is damaged: remove" in (complaint(tmp_path, reachable) or "is damaged: remove")
 
 
 def test_without_mnist_auto_warns_once_and_falls_back_in_time(out_of_reach, tmp_path):
