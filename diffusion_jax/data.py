@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,8 +41,10 @@ def load_dataset(name: DatasetName = "auto", data_dir: str | os.PathLike | None 
 
     The first two are read from the TFDS directory `data_dir` (default: TFDS's own) and prepared there first if need be. "auto"
     is "mnist", or with one warning "digits" where MNIST is neither prepared nor within reach; any other name means exactly
-    that data set, or DataUnavailable.
+    that data set, or DataUnavailable. Raises ValueError on an unknown name, and where what is prepared is damaged.
     """
+    if name not in get_args(DatasetName):
+        raise ValueError(f"the data set must be one of {', '.join(get_args(DatasetName))}; got {name!r}")
     if name == "digits":
         return _embedded_digits()
     try:
@@ -55,7 +57,12 @@ def load_dataset(name: DatasetName = "auto", data_dir: str | os.PathLike | None 
 
 
 def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int[np.ndarray, " batch_size"]:
-    """Which examples make up the batch of `step`: each epoch is a fresh permutation, a pure function of (seed, epoch)."""
+    """Which examples make up the batch of `step`: each epoch is a fresh permutation, a pure function of (seed, epoch).
+
+    Raises ValueError where there are no examples.
+    """
+    if num_examples < 1:
+        raise ValueError(f"a batch needs at least 1 example to choose from, got {num_examples}")
     epochs, offsets = np.divmod(step * batch_size + np.arange(batch_size), num_examples)
     indices = np.empty(batch_size, np.int32)
     for epoch in np.unique(epochs):
@@ -69,7 +76,9 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 
 def to_model_input(images: UInt8[Array, "B 28 28 1"]) -> Float[Array, "B 32 32 1"]:
-    """Pad to 32x32, which halves five times, and scale 0..255 to [-1, 1]."""
+    """Pad to 32x32, which halves five times, and scale 0..255 to [-1, 1]. Raises ValueError on values that are not bytes."""
+    if images.dtype != jnp.uint8:
+        raise ValueError(f"images must be uint8, from 0 to 255, got {images.dtype}")
     padded = jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
     return padded.astype(jnp.float32) / 127.5 - 1
 

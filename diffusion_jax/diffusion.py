@@ -23,7 +23,7 @@ Given both ends, x at an earlier time s < t is Gaussian as well [Ho et al. 2020,
       m = sqrt(alpha_bar_s) beta_{t|s} / (1 - alpha_bar_t)
       w = beta_{t|s} (1 - alpha_bar_s) / (1 - alpha_bar_t)
 
-Arrays are [B, *shape] with any shape; t is [B]. A timestep outside 0..T is clamped to it by JAX's indexing.
+Arrays are [B, *shape] with any shape; t is [B]. A timestep outside 0..T gives NaN.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,8 @@ Denoise = Callable[[Array, Array], Array]
 def q_sample(
     schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], t: Int[Array, " B"], eps: Float[Array, "B *shape"]
 ) -> Float[Array, "B *shape"]:
-    """x_t, the data x_0 noised to time t with the standard normal `eps` (eq. 4)."""
+    """x_t, the data x_0 noised to time t with the standard normal `eps` of the same shape, else ValueError (eq. 4)."""
+    _check_shape("eps", eps, x_0)
     a, s = _signal_and_noise(schedule, t, x_0.ndim)
     return a * x_0 + s * eps
 
@@ -73,10 +74,11 @@ def convert(
     """The same prediction at x_t, told as another target type: "pred_x_0", "pred_eps" or "pred_v" (eqs. 6-8).
 
     At t = 0 x_t is x_0 and says nothing of eps or v, so "pred_x_0" converts to NaN there.
-    Raises ValueError on an unknown type.
+    Raises ValueError on an unknown type, or unless the prediction has x_t's shape.
     """
     _check_choice("target_type", from_type, get_args(TargetType))
     _check_choice("target_type", to_type, get_args(TargetType))
+    _check_shape("prediction", prediction, x_t)
     if from_type == to_type:
         return prediction
     a, s = _signal_and_noise(schedule, t, x_t.ndim)
@@ -89,9 +91,11 @@ def make_denoiser(
     """denoise(x_t, t) -> x_0_hat from a network that predicts `target_type` (eq. 6).
 
     `clip` bounds x_0_hat to [-clip, clip], in the units of the data; right for images scaled to [-1, 1], and it keeps
-    pred_eps finite where eq. 6 divides by a ~ 1e-4. Raises ValueError on an unknown type.
+    pred_eps finite where eq. 6 divides by a ~ 1e-4. Raises ValueError on an unknown type or a `clip` that is not positive.
     """
     _check_choice("target_type", target_type, get_args(TargetType))
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive or None, got {clip}")
 
     def denoise(x_t: Float[Array, "B *shape"], t: Int[Array, " B"]) -> Float[Array, "B *shape"]:
         x_0_hat = convert(schedule, predict(x_t, t), x_t, t, target_type, "pred_x_0")
@@ -130,13 +134,16 @@ def loss_at(
 ) -> Float[Array, "B *shape"]:
     """The distance of the network's prediction at x_t (eq. 4) to its target, per element and unweighted.
 
-    "l2" is half the squared error, "l1" the absolute error. Raises ValueError on an unknown type.
+    "l2" is half the squared error, "l1" the absolute error. Raises ValueError on an unknown type, or unless eps and the
+    prediction have x_0's shape.
     """
     _check_choice("target_type", target_type, get_args(TargetType))
     _check_choice("loss_type", loss_type, get_args(LossType))
     x_t = q_sample(schedule, x_0, t, eps)
     target = x_0 if target_type == "pred_x_0" else convert(schedule, eps, x_t, t, "pred_eps", target_type)
-    error = predict(x_t, t) - target
+    prediction = predict(x_t, t)
+    _check_shape("prediction", prediction, x_0)
+    error = prediction - target
     return error**2 / 2 if loss_type == "l2" else jnp.abs(error)
 
 
@@ -159,17 +166,26 @@ def posterior(
 ) -> tuple[Float[Array, "B *shape"], Float[Array, " B"]]:
     """Mean and variance of q(x_{t-1} | x_t, x_0) for t in 1..T (eq. 10 with s = t - 1)."""
     times = np.arange(1, schedule.num_timesteps + 1)
-    k, m, w = (jnp.asarray(c)[t - 1] for c in posterior_coefficients(schedule, times, times - 1))
+    k, m, w = (_look_up(column, t - 1) for column in posterior_coefficients(schedule, times, times - 1))
     return _as_column(k, x_t.ndim) * x_t + _as_column(m, x_t.ndim) * x_0, w
 
 
 def _signal_and_noise(schedule: NoiseSchedule, t: Array, ndim: int) -> tuple[Array, Array]:
-    a, s = jnp.asarray(schedule.sqrt_alpha_bar)[t], jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[t]
+    a, s = _look_up(schedule.sqrt_alpha_bar, t), _look_up(schedule.sqrt_one_minus_alpha_bar, t)
     return _as_column(a, ndim), _as_column(s, ndim)
+
+
+def _look_up(table: np.ndarray, t: Array) -> Array:
+    return jnp.asarray(table).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _as_column(per_example: Array, ndim: int) -> Array:
     return per_example.reshape(-1, *(1,) * (ndim - 1))
+
+
+def _check_shape(name: str, value: Array, like: Array) -> None:
+    if value.shape != like.shape:  # else it might be broadcast, and be wrong without a word
+        raise ValueError(f"{name} must have the shape of the data, {like.shape}, got {value.shape}")
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

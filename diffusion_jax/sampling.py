@@ -38,7 +38,7 @@ def strided_timesteps(num_timesteps: int, sampling_timesteps: int | None = None)
     Raises ValueError unless 1 <= sampling_timesteps <= num_timesteps.
     """
     steps = num_timesteps if sampling_timesteps is None else sampling_timesteps
-    if not 1 <= steps <= num_timesteps:
+    if not (1 <= steps <= num_timesteps and steps % 1 == 0):
         raise ValueError(f"sampling_timesteps must be between 1 and num_timesteps = {num_timesteps}, got {steps}")
     return np.rint(num_timesteps * np.arange(steps, -1, -1) / steps).astype(np.int32)
 

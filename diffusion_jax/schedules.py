@@ -58,7 +58,7 @@ def linear_schedule(num_timesteps: int) -> NoiseSchedule:
     whatever T is, which 1e-4..0.02 spread over few steps does not give (alpha_bar_T = 0.9 at T = 10), and beta stays below 1,
     which scaling it by 1000 / T does not.
 
-    Raises ValueError if `num_timesteps` is less than 1.
+    Raises ValueError unless `num_timesteps` is a whole number of at least 1.
     """
     _check_num_timesteps(num_timesteps)
     log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-np.linspace(1e-4, 0.02, 1000)))])
@@ -70,7 +70,7 @@ def linear_schedule(num_timesteps: int) -> NoiseSchedule:
 def cosine_schedule(num_timesteps: int) -> NoiseSchedule:
     """Nichol & Dhariwal (2021, eq. 17): alpha_bar_t = f(t) / f(0), f(t) = cos^2(pi/2 (t/T + 0.008) / 1.008), beta <= 0.999.
 
-    Raises ValueError if `num_timesteps` is less than 1.
+    Raises ValueError unless `num_timesteps` is a whole number of at least 1.
     """
     _check_num_timesteps(num_timesteps)
     times = np.arange(num_timesteps + 1) / num_timesteps
@@ -79,5 +79,5 @@ def cosine_schedule(num_timesteps: int) -> NoiseSchedule:
 
 
 def _check_num_timesteps(num_timesteps: int) -> None:
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+    if not (num_timesteps >= 1 and num_timesteps % 1 == 0):
+        raise ValueError(f"num_timesteps must be a whole number of at least 1, got {num_timesteps}")

@@ -72,11 +72,13 @@ def over_devices(
     `fn` sees a slice of each argument whose `in_axes` is 0 and the whole of each whose `in_axes` is None. Its results are
     joined along `out_axes`; where that is None they must be the same on every device, and to make them so `fn` is given
     `mean_over_devices` as well. The compiled function takes and returns whole arrays, and raises ValueError where the length
-    of one to be sliced is not a multiple of the number of devices.
+    of one to be sliced is not a multiple of the number of devices, or where there are none.
 
     `devices` may belong to several processes, if `out_axes` is None: then each of them calls the compiled function with the
     same arguments and gets the same results, and copies to its own devices only the slices that are theirs.
     """
+    if not devices:
+        raise ValueError("there must be at least one device, got none")
     if len(devices) == 1:
         fn = partial(fn, mean_over_devices=lambda tree: tree) if out_axes is None else fn
         return jax.jit(fn, donate_argnums=donate_argnums)

@@ -22,7 +22,7 @@ class UNet(nn.Module):
     and a long residual joins the first features to the last. `dtype` is what the layers compute in; parameters, normalization
     statistics and the output are float32.
 
-    Raises ValueError if height or width is not a multiple of 2^(len(dim_scales) - 1).
+    Raises ValueError if x_t is no image, or its height or width is not a multiple of 2^(len(dim_scales) - 1).
     """
 
     in_dim: int
@@ -36,7 +36,7 @@ class UNet(nn.Module):
         dense = lambda features, name: Dense(features, self.dtype, name=name)  # noqa: E731
         widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
         levels = range(len(self.dim_scales))
-        check_halvings(x_t.shape[1:3], len(levels) - 1)
+        check_image(x_t.shape, len(levels) - 1)
 
         time = timestep_embedding(t, self.embed_dim)
         time = silu(dense(4 * self.embed_dim, "time_2")(silu(dense(4 * self.embed_dim, "time_1")(time))))
@@ -112,10 +112,12 @@ def pixel_shuffle(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C//4"]:
     return x.reshape(batch, 2 * height, 2 * width, channels // 4)
 
 
-def check_halvings(size: Sequence[int], halvings: int) -> None:
-    """Raise ValueError unless height and width can be halved that many times."""
-    if any(n % 2**halvings for n in size):
+def check_image(shape: Sequence[int], halvings: int) -> None:
+    """Raise ValueError unless `shape` is that of images whose height and width can be halved so many times."""
+    if len(shape) != 4:
+        raise ValueError(f"the UNet takes images of the shape [B, H, W, C], got {shape}")
+    if any(n % 2**halvings for n in shape[1:3]):
         raise ValueError(
             f"the UNet halves the image {halvings} times, so height and width must be multiples of {2**halvings}, "
-            f"got {'x'.join(map(str, size))}"
+            f"got {'x'.join(map(str, shape[1:3]))}"
         )

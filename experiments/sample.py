@@ -1,4 +1,4 @@
-"""Draw samples from a run of experiments/mnist.py, with the averaged parameters of its newest checkpoint.
+"""Draw samples from a run of experiments/mnist.py, with its averaged parameters.
 
 python experiments/sample.py --sampling-timesteps 50 --out samples.png
 """
@@ -7,11 +7,12 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import jax
 import mnist
 import numpy as np
+from beartype.door import is_bearable
 from command_line import one_line_errors, parse_command_line, require
 from figures import save_grid
 from machine import prepare_machine
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from workdir import read_config
 
 import diffusion_jax as dj
-from diffusion_jax.checkpoints import open_checkpoints, restore_latest
+from diffusion_jax.checkpoints import open_checkpoints, restore, restore_latest
 
 BATCH = 256
 
@@ -28,6 +29,8 @@ BATCH = 256
 class Config:
     workdir: str = "runs/mnist"
     """The folder of the run."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """The best is the one that the lowest training loss led to."""
     num_samples: int = 64
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default all T of the run."""
@@ -58,17 +61,15 @@ def main() -> None:
             "dpm_solver": dj.dpm_solver_table,
         }
         table = tables[config.sampler](schedule, sampling_timesteps=config.sampling_timesteps)
-        state = restore(run, config.workdir)
+        state = restored(run, config.workdir, config.checkpoint)
 
     draw = mnist.make_sampler(run, schedule)
     batch = min(BATCH, config.num_samples)
     firsts = tqdm(range(0, config.num_samples, batch), unit="batch", disable=config.num_samples <= batch)
     key = jax.random.key(config.seed)
     samples = np.concatenate([draw(state.ema_params, table, key, first, batch) for first in firsts])[: config.num_samples]
-    if out.suffix == ".png":
-        save_grid(out, samples)
-    else:
-        np.save(out, samples)
+    with one_line_errors():
+        save_grid(out, samples) if out.suffix == ".png" else np.save(out, samples)
     print(f"wrote {out}: {len(samples)} samples at step {int(state.step)} of {run.iterations}", file=sys.stderr)
 
 
@@ -79,16 +80,26 @@ def run_config(workdir: str) -> mnist.Config:
     if set(saved) != names:
         odd = ", ".join(sorted(set(saved) ^ names))
         raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {workdir}/config.json differs in {odd}")
-    run = mnist.Config(**{**saved, "dim_scales": tuple(saved["dim_scales"])})
-    mnist.check(run)
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    for name, hint in get_type_hints(mnist.Config).items():
+        if not is_bearable(saved[name], hint):
+            raise ValueError(
+                f"--workdir must hold a run of experiments/mnist.py; {workdir}/config.json has {name} {saved[name]}"
+            )
+    run = mnist.Config(**saved)
+    try:
+        mnist.check(run)
+    except ValueError as problem:
+        raise ValueError(f"--workdir must hold a run of experiments/mnist.py; in {workdir}/config.json {problem}") from None
     return run
 
 
-def restore(run: mnist.Config, workdir: str) -> dj.TrainState:
+def restored(run: mnist.Config, workdir: str, which: str) -> dj.TrainState:
     with open_checkpoints(Path(workdir) / "checkpoints") as checkpoints:
         if checkpoints.latest_step() is None:
             raise ValueError(f"--workdir must hold a run with a checkpoint, and {workdir} has none yet")
-        return restore_latest(checkpoints, mnist.initial_state(run, jax.random.key(0)))
+        state = mnist.initial_state(run, jax.random.key(0))
+        return restore_latest(checkpoints, state) if which == "newest" else restore(checkpoints, checkpoints.best_step(), state)
 
 
 if __name__ == "__main__":

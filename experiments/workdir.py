@@ -62,7 +62,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     """The config that a run was started with. Raises ValueError if `workdir` holds no run."""
     try:
         config = json.loads((Path(workdir) / "config.json").read_text())
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise ValueError(f"--workdir must be the folder of a run, with its config.json; got {workdir} ({problem})") from None
     if not isinstance(config, dict):
         raise ValueError(f"--workdir must be the folder of a run; {workdir}/config.json holds no options but {config!r:.50}")

@@ -2,6 +2,8 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # compiles twice as fast
 
+from pathlib import Path
+
 import chex
 import hypothesis
 import jax
@@ -17,6 +19,18 @@ hypothesis.settings.load_profile("suite")
 def variant(request):
     """Compile the function under test, or leave it as it is."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a tiny run of experiments/mnist.py that nothing disturbed."""
+    from runs import TINY, run
+
+    workdir = tmp_path_factory.mktemp("runs") / "mnist"
+    said = run("mnist.py", *TINY, "--workdir", workdir)
+    assert "small preset" in said
+    assert "1,797 images of digits" in said
+    return workdir
 
 
 @pytest.fixture

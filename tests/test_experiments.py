@@ -2,66 +2,12 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
 
-import chex
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-
-import diffusion_jax as dj
-from diffusion_jax.checkpoints import open_checkpoints, restore_latest
-
-EXPERIMENTS = Path(dj.__file__).parent.parent / "experiments"
-COMPILED_ONCE = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-TINY = ["--dataset", "digits", "--embed-dim", "4", "--dim-scales", "1", "2", "--batch-size", "8", "--num-timesteps", "12"]
-TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", "--num-samples", "5"]
-
-
-def start(script: str, *args: str, devices: int = 1, output=subprocess.DEVNULL) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | COMPILED_ONCE
-    command = [sys.executable, str(EXPERIMENTS / script), *map(str, args)]
-    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def run(script: str, *args: str, devices: int = 1) -> str:
-    with tempfile.TemporaryFile("w+") as output:  # a pipe that nobody reads would fill up, and the script would wait for ever
-        status = start(script, *args, devices=devices, output=output).wait(timeout=300)
-        output.seek(0)
-        said = output.read()
-    assert status == 0, said
-    return said
-
-
-def final_state(workdir: Path) -> dj.TrainState:
-    import mnist
-
-    config = mnist.Config(**json.loads((workdir / "config.json").read_text()))
-    with open_checkpoints(workdir / "checkpoints") as checkpoints:
-        return restore_latest(checkpoints, mnist.initial_state(config, jax.random.key(0)))
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for left, right in zip(jax.tree.leaves(final_state(one)), jax.tree.leaves(final_state(other)), strict=True):
-        np.testing.assert_array_equal(left, right)
-    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("runs") / "mnist"
-    said = run("mnist.py", *TINY, "--workdir", workdir)
-    assert "small preset" in said
-    assert "1,797 images of digits" in said
-    return workdir
+from runs import TINY, final_state, run
 
 
 def test_mnist_leaves_a_whole_run(trained):
@@ -78,57 +24,6 @@ def test_the_same_command_again_finds_it_done(trained):
     before = (trained / "metrics.csv").read_text()
     assert "resuming" in run("mnist.py", *TINY, "--workdir", trained)
     assert (trained / "metrics.csv").read_text() == before
-
-
-def test_killed_and_repeated_is_never_killed(trained, tmp_path):
-    workdir = tmp_path / "killed"
-    process = start("mnist.py", *TINY, "--workdir", workdir)
-    while not list(workdir.glob("checkpoints/[24]")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    run("mnist.py", *TINY, "--workdir", workdir)
-    assert_same_run(workdir, trained)
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stopped_by_a_signal_it_saves_and_says_how_to_go_on(trained, tmp_path, number, status):
-    workdir = tmp_path / "stopped"
-    with tempfile.TemporaryFile("w+") as output:
-        process = start("mnist.py", *TINY, "--workdir", workdir, output=output)
-        while not list(workdir.glob("checkpoints/2")):
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(number)
-        assert process.wait(timeout=120) == status
-        output.seek(0)
-        said = output.read()
-    with open_checkpoints(workdir / "checkpoints") as checkpoints:
-        step = checkpoints.latest_step()
-    assert f"{number.name}: saved {workdir} at step {step} of 8" in said
-    assert "Traceback" not in said
-    run("mnist.py", *TINY, "--workdir", workdir)
-    assert_same_run(workdir, trained)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
-    args = ["--workdir", tmp_path / "run", "--learning-rate", "1e30", "--checkpoint-every", "1", "--sample-every", "0"]
-    with tempfile.TemporaryFile("w+") as output:
-        assert start("mnist.py", *TINY, *args, output=output).wait(timeout=300) == 1
-        output.seek(0)
-        said = output.read()
-    assert "is not finite (grad_norm" in said
-    assert "Traceback" not in said
-    assert f"error: step {len((tmp_path / 'run' / 'metrics.csv').read_text().splitlines()) - 1} is not" in said
-    chex.assert_tree_all_finite(final_state(tmp_path / "run").params)
-
-
-@pytest.mark.slow
-def test_four_devices_train_what_one_does(trained, tmp_path):
-    run("mnist.py", *TINY, "--workdir", tmp_path / "four", devices=4)
-    one, four = final_state(trained), final_state(tmp_path / "four")
-    chex.assert_trees_all_close(one.params, four.params, atol=1e-5, rtol=0)
 
 
 def test_sample_draws_the_same_whatever_the_count_and_the_devices(trained, tmp_path):

@@ -8,7 +8,6 @@ import optax
 import pytest
 
 import diffusion_jax as dj
-from diffusion_jax.checkpoints import open_checkpoints, restore_latest, save
 
 SCHEDULE = dj.cosine_schedule(10)
 NETWORKS = {"mlp": (dj.MLP(2, 8), (2,)), "unet": (dj.UNet(1, 4, (1,)), (4, 4, 1))}
@@ -153,31 +152,3 @@ def test_samples_do_not_depend_on_the_devices(sample_fn):
     np.testing.assert_allclose(jnp.take(one, jnp.arange(2, 5), axis), part, atol=1e-5)
     if axis:
         np.testing.assert_array_equal(one[-1], four[-1])
-
-
-def test_save_restore_continue_equals_never_stopping(tmp_path):
-    state, step, x_0 = setup("mlp")
-    step = compile_step(step, 1, donate_argnums=(0,))
-    with open_checkpoints(tmp_path) as checkpoints:
-        assert restore_latest(checkpoints, state) is state
-        state, first = run(step, state, x_0, 3)
-        save(checkpoints, state)
-        save(checkpoints, state)  # the same step again: nothing to do
-        state, rest = run(step, state, x_0, 4)  # goes on, and reuses the memory, while the save may still be under way
-    with open_checkpoints(tmp_path) as checkpoints:
-        restored = restore_latest(checkpoints, setup("mlp")[0])
-    assert restored.step == 3
-    resumed, again = run(step, restored, x_0, 4)
-    assert rest == again != first
-    for tree in ("step", "params", "ema_params", "opt_state"):
-        chex.assert_trees_all_equal(getattr(resumed, tree), getattr(state, tree))
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    state, step, x_0 = setup("mlp")
-    with open_checkpoints(tmp_path, keep=2) as checkpoints:
-        for _ in range(4):
-            state, _ = run(compile_step(step, 1), state, x_0, 1)
-            save(checkpoints, state)
-    with open_checkpoints(tmp_path) as checkpoints:
-        assert list(checkpoints.all_steps()) == [3, 4]

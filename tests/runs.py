@@ -1,0 +1,69 @@
+"""Runs of the scripts, as a person would start them, for the tests that look at what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import diffusion_jax as dj
+from diffusion_jax.checkpoints import open_checkpoints, restore_latest
+
+EXPERIMENTS = Path(dj.__file__).parent.parent / "experiments"
+COMPILED_ONCE = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+TINY = ["--dataset", "digits", "--embed-dim", "4", "--dim-scales", "1", "2", "--batch-size", "8", "--num-timesteps", "12"]
+TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", "--num-samples", "5"]
+
+
+def start(script: str, *args: object, devices: int = 1, **environment: str) -> subprocess.Popen:
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | COMPILED_ONCE | environment
+    command = [sys.executable, str(EXPERIMENTS / script), *map(str, args)]
+    output = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up, and the script would wait for ever  # noqa: SIM115
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    process.output = output
+    return process
+
+
+def finish(process: subprocess.Popen, status: int | None = 0, timeout: float = 300) -> str:
+    """What it said, after it exited with `status` (None: any)."""
+    try:
+        process.wait(timeout)
+    finally:
+        process.kill()
+    with process.output as output:
+        output.seek(0)
+        said = output.read()
+    assert status is None or process.returncode == status, said
+    return said
+
+
+def run(script: str, *args: object, devices: int = 1, status: int = 0) -> str:
+    return finish(start(script, *args, devices=devices), status)
+
+
+def wait_for(process: subprocess.Popen, condition: Callable[[], object]) -> None:
+    """Until `condition()` holds, while the process is alive."""
+    while not condition():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.02)
+
+
+def final_state(workdir: Path) -> dj.TrainState:
+    import mnist
+
+    config = mnist.Config(**json.loads((workdir / "config.json").read_text()))
+    with open_checkpoints(workdir / "checkpoints") as checkpoints:
+        return restore_latest(checkpoints, mnist.initial_state(config, jax.random.key(0)))
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for left, right in zip(jax.tree.leaves(final_state(one)), jax.tree.leaves(final_state(other)), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()

@@ -1,0 +1,230 @@
+"""Runs that are killed, stopped, starved of disk, damaged, or shared among devices and processes."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import chex
+import numpy as np
+import pytest
+from runs import TINY, assert_same_run, final_state, finish, run, start, wait_for
+
+LONG = [*TINY, "--iterations", "240", "--checkpoint-every", "5", "--sample-every", "0"]
+
+
+def test_killed_and_repeated_is_never_killed(trained, tmp_path):
+    process = start("mnist.py", *TINY, "--workdir", tmp_path / "killed")
+    wait_for(process, lambda: list(tmp_path.glob("killed/checkpoints/[24]")))
+    finish_killed(process)
+    run("mnist.py", *TINY, "--workdir", tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", trained)
+
+
+def finish_killed(process: subprocess.Popen) -> None:
+    process.kill()
+    finish(process, status=-signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_is_never_killed(tmp_path):
+    """In a step, in a save, between two files: whenever it comes, the same command ends with the same bits."""
+    run("mnist.py", *LONG, "--workdir", tmp_path / "whole")
+    workdir, moments = tmp_path / "killed", random.Random(0)
+    metrics = workdir / "metrics.csv"
+    for _ in range(20):
+        before = metrics.stat().st_mtime_ns if metrics.exists() else None
+        process = start("mnist.py", *LONG, "--workdir", workdir)
+        wait_for(process, lambda before=before: metrics.exists() and metrics.stat().st_mtime_ns != before)  # it trains
+        time.sleep(moments.uniform(0, 0.5))
+        finish_killed(process)
+    assert len(metrics.read_text().splitlines()) < 240
+    run("mnist.py", *LONG, "--workdir", workdir)
+    assert_same_run(workdir, tmp_path / "whole")
+    assert not list(workdir.glob("checkpoints/*.*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal_it_saves_and_says_how_to_go_on(trained, tmp_path, number, status):
+    workdir = tmp_path / "stopped"
+    process = start("mnist.py", *TINY, "--workdir", workdir)
+    wait_for(process, lambda: list(workdir.glob("checkpoints/2")))
+    process.send_signal(number)
+    said = finish(process, status)
+    step = max(int(folder.name) for folder in workdir.glob("checkpoints/*"))
+    assert f"{number.name}: saved {workdir} at step {step} of 8" in said
+    assert "Traceback" not in said
+    run("mnist.py", *TINY, "--workdir", workdir)
+    assert_same_run(workdir, trained)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    process = start("mnist.py", *LONG, "--checkpoint-every", "1", "--workdir", tmp_path / "run")
+    wait_for(process, lambda: list(tmp_path.glob("run/checkpoints/2")))
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    assert "once more stops at once" in finish(process, None)
+    assert process.returncode in (-signal.SIGTERM, 143)  # 143 where it had saved within the hundredth of a second
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    args = ["--workdir", tmp_path / "run", "--learning-rate", "1e30", "--checkpoint-every", "1", "--sample-every", "0"]
+    said = run("mnist.py", *TINY, *args, "--seed", "3", status=1)
+    step = len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) - 1
+    assert f"error: step {step} of seed 3 is not finite (grad_norm" in said
+    assert "Traceback" not in said
+    assert final_state(tmp_path / "run").step == step - 1
+    chex.assert_tree_all_finite(final_state(tmp_path / "run").params)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    largest = max((file for file in (workdir / "checkpoints" / "8").rglob("*") if file.is_file()), key=os.path.getsize)
+    flip_a_bit(largest, largest.stat().st_size // 2)
+    said = run("mnist.py", *TINY, "--workdir", workdir)
+    assert f"warning: checkpoint 8 in {workdir / 'checkpoints'} cannot be used: {name_in_step(largest)} is damaged" in said
+    assert "at step 6 of 8" in said
+    assert_same_run(workdir, trained)
+    assert [folder.name.rsplit(".", 1)[0] for folder in workdir.glob("checkpoints/*.*")] == ["8.damaged"]
+
+
+def flip_a_bit(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def name_in_step(file: Path) -> str:
+    return str(file).split("/checkpoints/8/")[1]
+
+
+def test_with_no_whole_checkpoint_nothing_is_touched(trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    for folder in (workdir / "checkpoints").iterdir():
+        (folder / "checksums.json").unlink()
+    before = (workdir / "metrics.csv").read_text()
+    said = run("mnist.py", *TINY, "--workdir", workdir, status=2)
+    assert f"error: checkpoint 6 in {workdir / 'checkpoints'} cannot be used" in said
+    assert "Traceback" not in said
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["6", "8"]
+    assert (workdir / "metrics.csv").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_and_leaves_its_last_checkpoint(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount one")
+    try:
+        said = run("mnist.py", *LONG, "--workdir", disk / "run", status=1)
+        assert f"error: {disk / 'run'} cannot be written (No space left on device" in said
+        assert "Traceback" not in said
+        kept = final_state(disk / "run")
+        assert kept.step > 0
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        assert f"at step {kept.step} of 240" in run("mnist.py", *LONG, "--workdir", disk / "run")
+        run("mnist.py", *LONG, "--workdir", tmp_path / "whole")
+        assert_same_run(disk / "run", tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    first = start("mnist.py", *LONG, "--workdir", tmp_path / "run")
+    wait_for(first, lambda: (tmp_path / "run" / "lock").exists())
+    said = run("mnist.py", *LONG, "--workdir", tmp_path / "run", status=2)
+    assert "error: --workdir must be a folder in which no other process is at work" in said
+    assert first.poll() is None
+    finish_killed(first)
+
+
+@pytest.mark.slow
+def test_any_number_of_devices_trains_the_same_and_goes_on_from_any_other(trained, tmp_path):
+    for devices in (2, 4, 8):
+        workdir = tmp_path / str(devices)
+        run("mnist.py", *TINY, "--workdir", workdir, devices=devices)
+        assert_close(workdir, trained)
+    stopped = tmp_path / "stopped"
+    for devices in (8, 1, 4):
+        process = start("mnist.py", *TINY, "--checkpoint-every", "1", "--workdir", stopped, devices=devices)
+        wait_for(process, lambda: list(stopped.glob("checkpoints/[1-9]")))
+        process.terminate()
+        finish(process, None)
+    run("mnist.py", *TINY, "--checkpoint-every", "1", "--workdir", stopped, devices=2)
+    assert_close(stopped, trained)
+
+
+def assert_close(workdir: Path, other: Path) -> None:
+    one, many = final_state(other), final_state(workdir)
+    assert one.step == many.step == 8
+    for tree in ("params", "ema_params"):
+        chex.assert_trees_all_close(getattr(one, tree), getattr(many, tree), atol=1e-5, rtol=0)
+    rows = [np.loadtxt(folder / "metrics.csv", delimiter=",", skiprows=1) for folder in (workdir, other)]
+    np.testing.assert_allclose(*rows, rtol=1e-4)
+
+
+def start_two(*args: object) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [start("mnist.py", *args, "--distributed", devices=2, JAX_PROCESS_ID=str(i), **common) for i in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_train_what_one_of_four_does(trained, tmp_path):
+    first, second = (finish(process) for process in start_two(*TINY, "--workdir", tmp_path / "two"))
+    assert_close(tmp_path / "two", trained)
+    assert "small preset on 4 x cpu" in first
+    assert "wrote" in first
+    assert "preset" not in second
+    assert "wrote" not in second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_stops_the_other_and_a_restart_of_both_is_exact(tmp_path, victim):
+    for process in start_two(*LONG, "--iterations", "60", "--workdir", tmp_path / "whole"):
+        finish(process)
+    workdir = tmp_path / "killed"
+    processes = start_two(*LONG, "--iterations", "60", "--workdir", workdir)
+    wait_for(processes[0], lambda: list(workdir.glob("checkpoints/*0")))
+    finish_killed(processes[victim])
+    said = finish(processes[1 - victim], None, timeout=90)
+    assert processes[1 - victim].returncode not in (0, None)
+    assert "another task died" in said
+    for process in start_two(*LONG, "--iterations", "60", "--workdir", workdir):
+        finish(process)
+    assert_same_run(workdir, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_and_saves_them_all(tmp_path):
+    processes = start_two(*LONG, "--workdir", tmp_path / "run")
+    wait_for(processes[0], lambda: list(tmp_path.glob("run/checkpoints/5")))
+    processes[1].terminate()
+    first, second = (finish(process, 143) for process in processes)
+    assert f"SIGTERM: saved {tmp_path / 'run'} at step {final_state(tmp_path / 'run').step} of 240" in first
+    assert "saved" not in second
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_are_refused(tmp_path):
+    seeds = iter(("0", "1"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    args = [*TINY, "--distributed", "--workdir", tmp_path / "run"]
+    processes = [start("mnist.py", *args, "--seed", next(seeds), JAX_PROCESS_ID=str(i), **common) for i in range(2)]
+    for process in processes:
+        assert "error: all processes of a run must have the same options and data" in finish(process, 2)
+    assert not (tmp_path / "run").exists()
