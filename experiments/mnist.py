@@ -223,7 +223,7 @@ def load_once(config: Config) -> ImageData:
 def fingerprint(config: Config, data: ImageData) -> int:
     """A number that tells whether processes agree on the run that they are of."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in {"workdir", "data_dir"}}
-    return zlib.crc32(data.images, zlib.crc32(repr(options).encode())) >> 1
+    return zlib.crc32(repr(options).encode() + data.images.tobytes()) >> 1
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import jax
 import mnist
@@ -80,7 +80,7 @@ def run_config(workdir: str) -> mnist.Config:
     if set(saved) != names:
         odd = ", ".join(sorted(set(saved) ^ names))
         raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {workdir}/config.json differs in {odd}")
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    saved: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     for name, hint in get_type_hints(mnist.Config).items():
         if not is_bearable(saved[name], hint):
             raise ValueError(
