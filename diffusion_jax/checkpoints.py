@@ -71,7 +71,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState) -> Tra
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
-    """The state saved at `step`, placed as `state` is. Raises ValueError if it is damaged or of another shape than `state`."""
+    """The state saved at `step`, placed as `state` is. Raises ValueError if it is damaged or of another shape."""
     wanted = _arrays(state)
     target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), wanted)
     try:
@@ -79,6 +79,8 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) ->
         _check_shapes(checkpoints.item_metadata(step), target)
         saved = checkpoints.restore(step, args=ocp.args.StandardRestore(target))
     except Exception as problem:  # TensorStore and Orbax have many kinds
+        if isinstance(problem, MemoryError | OSError) and not isinstance(problem, FileNotFoundError):
+            raise  # of this machine at this moment, not of the checkpoint
         reason = (str(problem) or type(problem).__name__).splitlines()[0][:300]
         raise ValueError(f"checkpoint {step} in {checkpoints.directory} cannot be used: {reason}") from problem
     return state.replace(**jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), saved, wanted))
@@ -97,7 +99,9 @@ def _write_checksums(directory: Path) -> None:
 
 
 def _set_damaged_losses_aside(directory: Path) -> None:
-    for file in directory.glob("*/metrics/metrics"):  # Orbax reads them all to begin with, and can do without
+    for file in directory.glob("[0-9]*/metrics/metrics"):  # Orbax reads them all to begin with, and can do without
+        if not file.parts[-3].isdigit():
+            continue
         try:
             json.loads(file.read_text())
         except ValueError:
@@ -106,6 +110,8 @@ def _set_damaged_losses_aside(directory: Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
+    if not (folder / CHECKSUMS).exists():
+        raise ValueError(f"it has no {CHECKSUMS}: a save cut short, or a version of this library before 0.2")
     for name, checksum in json.loads((folder / CHECKSUMS).read_text()).items():
         if zlib.crc32((folder / name).read_bytes()) != checksum:
             raise ValueError(f"{name} is damaged")

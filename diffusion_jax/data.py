@@ -21,11 +21,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "digits"]
+Split = Literal["train", "test"]
 SECONDS_TO_REACH = 8.0
 
 
 class ImageData(NamedTuple):
-    """The training split: `name` says which data set this is, never "auto"."""
+    """One split of a data set; `name` says which this is, never "auto"."""
 
     name: str
     images: UInt8[np.ndarray, "N 28 28 1"]
@@ -36,8 +37,8 @@ class DataUnavailable(Exception):
     """The data set is not prepared here and cannot be downloaded; the message says why."""
 
 
-def load_dataset(name: DatasetName = "auto", data_dir: str | os.PathLike | None = None) -> ImageData:
-    """The training images of "mnist", "fashion_mnist" or "digits" (scikit-learn's, embedded, enlarged to 28x28).
+def load_dataset(name: DatasetName = "auto", data_dir: str | os.PathLike | None = None, split: Split = "train") -> ImageData:
+    """A split of "mnist", "fashion_mnist" or "digits" (scikit-learn's, embedded, enlarged to 28x28; its last 297 are the test).
 
     The first two are read from the TFDS directory `data_dir` (default: TFDS's own) and prepared there first if need be. "auto"
     is "mnist", or with one warning "digits" where MNIST is neither prepared nor within reach; any other name means exactly
@@ -46,14 +47,14 @@ def load_dataset(name: DatasetName = "auto", data_dir: str | os.PathLike | None 
     if name not in get_args(DatasetName):
         raise ValueError(f"the data set must be one of {', '.join(get_args(DatasetName))}; got {name!r}")
     if name == "digits":
-        return _embedded_digits()
+        return _embedded_digits(split)
     try:
-        return _load_tfds("mnist" if name == "auto" else name, data_dir)
+        return _load_tfds("mnist" if name == "auto" else name, data_dir, split)
     except DataUnavailable as reason:
         if name != "auto":
             raise
         warnings.warn(f"training on scikit-learn's 1,797 digits instead of MNIST: {reason}", stacklevel=2)
-        return _embedded_digits()
+        return _embedded_digits(split)
 
 
 def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int[np.ndarray, " batch_size"]:
@@ -83,7 +84,7 @@ def to_model_input(images: UInt8[Array, "B 28 28 1"]) -> Float[Array, "B 32 32 1
     return padded.astype(jnp.float32) / 127.5 - 1
 
 
-def _embedded_digits() -> ImageData:
+def _embedded_digits(split: Split) -> ImageData:
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -92,10 +93,11 @@ def _embedded_digits() -> ImageData:
     for image, small in zip(images, small_images.reshape(-1, 8, 8), strict=True):
         large = Image.fromarray((small * 255 / 16).astype(np.uint8)).resize((20, 20), Image.Resampling.BICUBIC)
         image[4:24, 4:24, 0] = np.asarray(large)
-    return ImageData("digits", images, labels.astype(np.int32))
+    part = slice(0, 1500) if split == "train" else slice(1500, None)
+    return ImageData("digits", images[part], labels[part].astype(np.int32))
 
 
-def _load_tfds(name: str, data_dir: str | os.PathLike | None) -> ImageData:
+def _load_tfds(name: str, data_dir: str | os.PathLike | None, split: Split) -> ImageData:
     from absl import logging
     from tensorflow_datasets.core import constants
 
@@ -112,7 +114,7 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None) -> ImageData:
         except Exception as problem:
             raise DataUnavailable(f"{name} could not be prepared in {data_dir} ({problem})") from problem
     with _damage_is_named(name, data_dir):
-        examples = _read_examples(prepared)
+        examples = _read_examples(prepared, split)
         images = np.stack([example["image"] for example in examples])
         return ImageData(name, images.reshape(-1, 28, 28, 1), np.array([example["label"] for example in examples], np.int32))
 
@@ -121,20 +123,22 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None) -> ImageData:
 def _damage_is_named(name: str, data_dir: str) -> Iterator[None]:
     try:
         yield
+    except (PermissionError, MemoryError, ImportError):
+        raise
     except Exception as problem:  # Riegeli, Pillow, protobuf and TFDS have many kinds
         reason = (str(problem) or type(problem).__name__).splitlines()[0][:200]
         folder = Path(data_dir) / name
         raise ValueError(f"{name} in {data_dir} is damaged: remove {folder}, and it is prepared again ({reason})") from problem
 
 
-def _read_examples(builder) -> list[dict]:
-    """The training split as array_record or as TFDS's default, TFRecord, which its data_source cannot read."""
-    split = builder.info.splits["train"]
+def _read_examples(builder, split: Split) -> list[dict]:
+    """From array_record, or from TFDS's default, TFRecord, which its data_source cannot read."""
+    info = builder.info.splits[split]
     if builder.info.file_format.value != "tfrecord":
-        return builder.as_data_source("train").__getitems__(range(split.num_examples))
-    records = [record for path in split.filepaths for record in _read_tfrecords(path)]
-    if len(records) != split.num_examples:
-        raise ValueError(f"{len(records)} records of {split.num_examples}")
+        return builder.as_data_source(split).__getitems__(range(info.num_examples))
+    records = [record for path in info.filepaths for record in _read_tfrecords(path)]
+    if len(records) != info.num_examples:
+        raise ValueError(f"{len(records)} records of {info.num_examples}")
     return [builder.info.features.deserialize_example_np(record) for record in records]
 
 
@@ -158,7 +162,7 @@ def _masked_crc32c(records: list[bytes]) -> UInt32[np.ndarray, " N"]:
         table = np.where(table & 1, table >> 1 ^ np.uint32(0x82F63B78), table >> 1)
     lengths = np.array([len(record) for record in records], np.int64)
     width = int(lengths.max(initial=0))
-    columns = np.frombuffer(b"".join(record.ljust(width, b"\0") for record in records), np.uint8).reshape(-1, width).T
+    columns = np.frombuffer(b"".join(record.ljust(width, b"\0") for record in records), np.uint8).reshape(len(records), width).T
     crc = np.full(len(records), 0xFFFFFFFF, np.uint32)
     for position, column in enumerate(columns):
         crc = np.where(position < lengths, table[(crc ^ column) & 255] ^ crc >> 8, crc)

@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from diffusion_jax.schedules import NoiseSchedule
 
@@ -175,7 +175,7 @@ def _signal_and_noise(schedule: NoiseSchedule, t: Array, ndim: int) -> tuple[Arr
     return _as_column(a, ndim), _as_column(s, ndim)
 
 
-def _look_up(table: np.ndarray, t: Array) -> Array:
+def _look_up(table: ArrayLike, t: Array) -> Array:
     return jnp.asarray(table).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import logging
 from command_line import one_line_errors
-from processes import from_first_process, is_first_process, largest_of_all
+from processes import failing_together, from_first_process, is_first_process, largest_of_all
 from tqdm import tqdm
 from workdir import append_rows, one_line_if_unwritable, resume
 
@@ -42,8 +42,9 @@ def train_in(
         stop_requests() as requests,
         open_checkpoints(workdir / "checkpoints") if first else contextlib.nullcontext() as checkpoints,
     ):
-        with one_line_errors():
-            state = from_first_process(resume(workdir, checkpoints, state) if checkpoints else state)
+        with one_line_errors(), failing_together():
+            state = resume(workdir, checkpoints, state) if checkpoints else state
+        state = from_first_process(state)
         start = int(state.step)
         if start and first:
             print(f"resuming {workdir} at step {start} of {config.iterations}", file=sys.stderr)
@@ -62,17 +63,21 @@ def train_in(
                     losses += [float(row["loss"]) for row in rows]
                     bar.set_postfix(loss=f"{sum(losses[-len(rows) :]) / len(rows):.4f}", refresh=False)
                     bar.update(len(rows))
-                    if checkpoints:
-                        append_rows(workdir, rows)
-                        checkpoints.check_for_errors()
-                    check_finite(rows, workdir, config.seed)
-                if (due or stop) and checkpoints:
-                    save(checkpoints, state, loss=sum(losses) / len(losses))
-                    losses = []
+                    with failing_together():
+                        if checkpoints:
+                            append_rows(workdir, rows)
+                            checkpoints.check_for_errors()
+                        check_finite(rows, workdir, config.seed)
+                        if (due or stop) and checkpoints:  # a loss of fewer steps than the others' may not be the best
+                            save(checkpoints, state, loss=sum(losses) / len(losses) if due else None)
+                    losses = [] if due or stop else losses
                 if stop:
                     break
                 after_step(state, step)
-    if stop and state.step < config.iterations:
+        with failing_together():
+            checkpoints.wait_until_finished() if checkpoints else None
+        stop = largest_of_all(requests[0] if requests else 0)
+    if stop:
         where = f"{signal.Signals(stop).name}: saved {workdir} at step {state.step} of {config.iterations}"
         print(f"{where}; the same command continues it", file=sys.stderr) if first else None
         raise SystemExit(128 + stop)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import warnings
 import zlib
 from pathlib import Path
@@ -40,7 +41,7 @@ def processor_flags() -> str:
 def warn_of_emulated(precision: str) -> None:
     """Say where bfloat16 will be computed by way of float32, which is slower than float32 itself."""
     device = jax.devices()[0]
-    old_gpu = device.platform == "gpu" and float(getattr(device, "compute_capability", "8.0")) < 8
+    old_gpu = re.fullmatch(r"[1-7]\.\d", str(getattr(device, "compute_capability", "")))  # Nvidia's before Ampere
     plain_cpu = device.platform == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"} & set(processor_flags().split())
     if precision == "bfloat16" and (old_gpu or plain_cpu):
         warnings.warn(f"{device.device_kind} has no bfloat16 arithmetic: --precision float32 is faster here", stacklevel=2)

@@ -22,7 +22,7 @@ from figures import save_grid, save_noise_figure
 from jaxtyping import Array, Float, Key, PyTree
 from loop import train_in
 from machine import prepare_machine, warn_of_emulated
-from processes import check_same_everywhere, is_first_process, join_processes, wait_for_others
+from processes import check_same_everywhere, failing_together, is_first_process, join_processes
 from workdir import one_line_if_unwritable, open_workdir
 
 import diffusion_jax as dj
@@ -183,10 +183,11 @@ def main() -> None:
         preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
         init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
         state = initial_state(config, init_key)
-        data = load_once(config)
+        data = load_in_turn(config)
         config = dataclasses.replace(config, dataset=data.name)
         check_same_everywhere("options and data", fingerprint(config, data))
-        workdir = open_workdir(config, MAY_DIFFER) if is_first_process() else Path(config.workdir)
+        with failing_together():
+            workdir = open_workdir(config, MAY_DIFFER) if is_first_process() else Path(config.workdir)
 
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     if is_first_process():
@@ -203,20 +204,21 @@ def main() -> None:
 
     draw_path = make_sampler(config, schedule, dj.sample_trajectory)
     path = draw_path(state.ema_params, table, sample_key, 0, config.num_samples)
-    if is_first_process():
-        real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples])))
-        with one_line_if_unwritable(workdir):
+    real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples])))
+    with one_line_if_unwritable(workdir), failing_together():
+        if is_first_process():
             save_noise_figure(workdir / "figure.png", real, path)
-        print(f"wrote {workdir / 'figure.png'}")
+            print(f"wrote {workdir / 'figure.png'}")
 
 
-def load_once(config: Config) -> ImageData:
-    """The data set, which the first process alone prepares if need be."""
-    if not is_first_process():
-        wait_for_others("data")
-    data = load_dataset(config.dataset, config.data_dir)
-    if is_first_process():
-        wait_for_others("data")
+def load_in_turn(config: Config) -> ImageData:
+    """The data set; the first process, which may have to prepare it, goes before the others."""
+    data = None
+    for first in (True, False):
+        with failing_together():
+            if is_first_process() == first:
+                data = load_dataset(config.dataset, config.data_dir)
+    assert data is not None
     return data
 
 

@@ -1,7 +1,9 @@
 """One run in several processes, on JAX's own distributed runtime. The first process alone reads and writes the run's folder."""
 
+import contextlib
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -10,7 +12,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 HEARTBEAT_SECONDS = 30
-BARRIER_SECONDS = 1200
+BARRIER_SECONDS = 3600
+_BLOCKS = itertools.count()
 
 
 def join_processes(args: Sequence[str]) -> None:
@@ -25,6 +28,7 @@ def join_processes(args: Sequence[str]) -> None:
         count, number = (
             int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         )
+        jax.config.update("jax_enable_preemption_service", False)  # else SIGTERM would be its, and nobody would hear of it
         jax.distributed.initialize(
             num_processes=count,
             process_id=number,
@@ -42,9 +46,20 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_others(name: str) -> None:
-    """Until every process is here; each `name` serves once."""
-    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_SECONDS * 1000)
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Every process leaves this block at the same time; if one fails in it, so do all, the others with a line that says so."""
+    problem = None
+    try:
+        yield
+    except BaseException as error:
+        problem = error
+    ocp.multihost.get_barrier_sync_fn()(key=f"block {next(_BLOCKS)}", timeout_ms=BARRIER_SECONDS * 1000)
+    failed = largest_of_all(int(problem is not None))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise SystemExit("error: another process of this run has stopped, and says why")
 
 
 def from_first_process(tree: PyTree) -> PyTree:

@@ -99,7 +99,11 @@ def restored(run: mnist.Config, workdir: str, which: str) -> dj.TrainState:
         if checkpoints.latest_step() is None:
             raise ValueError(f"--workdir must hold a run with a checkpoint, and {workdir} has none yet")
         state = mnist.initial_state(run, jax.random.key(0))
-        return restore_latest(checkpoints, state) if which == "newest" else restore(checkpoints, checkpoints.best_step(), state)
+        if which == "newest":
+            return restore_latest(checkpoints, state)
+        best = checkpoints.best_step()
+        require(best is not None, "checkpoint", which, f"newest: in {workdir} no loss is saved")
+        return restore(checkpoints, best, state)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def open_workdir(config: Any, may_differ: Collection[str]) -> Path:
         raise ValueError(f"--workdir must be a new or empty folder or one that holds a run, got {workdir}")
     workdir.mkdir(parents=True, exist_ok=True)
     _lock(workdir)
-    if not (workdir / "config.json").exists():
+    if (workdir / "config.json").exists():  # perhaps since a moment ago
+        _check_same_run(workdir, wanted, may_differ)
+    else:
         (workdir / "config.json.new").write_text(json.dumps(wanted, indent=2) + "\n")
         os.replace(workdir / "config.json.new", workdir / "config.json")
     return workdir
@@ -53,7 +56,7 @@ def _lock(workdir: Path) -> None:
     lock = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT)  # stays open, and so locked, until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(lock)
         raise ValueError(f"--workdir must be a folder in which no other process is at work, got {workdir}") from None
 
@@ -88,7 +91,9 @@ def keep_rows(workdir: Path, count: int) -> None:
     file = workdir / "metrics.csv"
     if not file.exists():
         return
-    lines = file.read_text().splitlines(keepends=True)
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    if len(lines) <= count:
+        warnings.warn(f"{file} lacks rows of steps up to {count}", stacklevel=2)
     file.with_suffix(".new").write_text("".join(lines[: count + 1] if count else []))
     os.replace(file.with_suffix(".new"), file)
 
@@ -96,7 +101,7 @@ def keep_rows(workdir: Path, count: int) -> None:
 def append_rows(workdir: Path, rows: list[dict[str, Any]]) -> None:
     """One row a step; rows[0] names the columns of a file that is new or empty."""
     with (workdir / "metrics.csv").open("a", newline="") as out:
-        writer = csv.DictWriter(out, list(rows[0]))
+        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         if out.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)

@@ -29,7 +29,7 @@ def trained(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "mnist"
     said = run("mnist.py", *TINY, "--workdir", workdir)
     assert "small preset" in said
-    assert "1,797 images of digits" in said
+    assert "1,500 images of digits" in said
     return workdir
 
 

@@ -66,4 +66,4 @@ def final_state(workdir: Path) -> dj.TrainState:
 def assert_same_run(one: Path, other: Path) -> None:
     for left, right in zip(jax.tree.leaves(final_state(one)), jax.tree.leaves(final_state(other)), strict=True):
         np.testing.assert_array_equal(left, right)
-    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()

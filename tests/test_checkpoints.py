@@ -152,15 +152,30 @@ def test_a_loss_that_cannot_be_read_is_named_and_set_aside(tmp_path, state):
         assert restore_latest(checkpoints, state).step == 2
 
 
+def test_a_moment_without_memory_or_disk_is_not_taken_for_damage(tmp_path, state, monkeypatch):
+    save_all(tmp_path, state, [1.0, 2.0])
+    for problem in (OSError(5, "Input/output error"), MemoryError(), PermissionError(13, "Permission denied")):
+
+        def fail(folder, problem=problem):
+            raise problem
+
+        monkeypatch.setattr(library, "_check_files", fail)
+        with open_checkpoints(tmp_path) as checkpoints, pytest.raises(type(problem)):
+            restore_latest(checkpoints, state)
+
+
 def test_nothing_in_a_checkpoint_is_executed(tmp_path, state):
-    """Not even if somebody puts a pickle there under the name of an array file."""
+    """Not even if somebody puts a pickle there, under the name of an array file and with its checksum."""
     save_all(tmp_path, state, [1.0, 2.0])
     for file in (tmp_path / "2" / "default").rglob("d/*"):
         file.write_bytes(pickle.dumps(print))
+    temporary = (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    library._write_checksums(tmp_path)
+    temporary.rename(tmp_path / "2")
     seen = []
     watching = True
     sys.addaudithook(lambda event, _: seen.append(event) if watching and event == "pickle.find_class" else None)
-    with open_checkpoints(tmp_path) as checkpoints, pytest.warns(UserWarning, match="is damaged"):
+    with open_checkpoints(tmp_path) as checkpoints, pytest.warns(UserWarning, match="cannot be used"):
         assert restore_latest(checkpoints, state).step == 1
     assert not seen
     pickle.loads(pickle.dumps(print))

@@ -143,6 +143,14 @@ def test_damaged_descriptions_are_an_error_or_change_nothing(reachable, tmp_path
         assert "is damaged: remove" in (complaint(tmp_path, reachable) or "is damaged: remove")
 
 
+def test_the_test_split_is_the_other_one(reachable, tmp_path):
+    prepare(tmp_path, "array_record")
+    train, test = (data.load_dataset("mnist", tmp_path, split) for split in ("train", "test"))
+    assert len(test.images) == SIZES["t10k"]
+    assert sorted(test.labels) == list(range(10))
+    assert not {image.tobytes() for image in test.images} & {image.tobytes() for image in train.images}
+
+
 def test_without_mnist_auto_warns_once_and_falls_back_in_time(out_of_reach, tmp_path):
     start = time.monotonic()
     with pytest.warns(UserWarning, match="scikit-learn's 1,797 digits instead of MNIST: mnist is not prepared in") as warned:
@@ -180,7 +188,9 @@ def test_the_default_directory_is_that_of_tfds(out_of_reach, tmp_path, monkeypat
 
 
 def test_the_embedded_digits_are_images_of_digits():
-    loaded = data.load_dataset("digits")
+    splits = [data.load_dataset("digits", split=split) for split in ("train", "test")]
+    assert [len(loaded.images) for loaded in splits] == [1500, 297]
+    loaded = data.ImageData("digits", *(np.concatenate(parts) for parts in list(zip(*splits, strict=True))[1:]))
     assert loaded.images.shape == (1797, 28, 28, 1)
     assert np.bincount(loaded.labels).min() > 170
     assert loaded.images[:, :4].max() == 0

@@ -2,8 +2,11 @@ import os
 import platform
 import subprocess
 import sys
+import types
+import warnings
 from pathlib import Path
 
+import machine
 import pytest
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -36,3 +39,31 @@ def test_freed_memory_is_kept_and_the_cache_is_in_the_home_folder(tmp_path):
 
 def test_a_cache_that_the_user_chose_is_left_alone(tmp_path):
     assert said(JAX_COMPILATION_CACHE_DIR=str(tmp_path))[0] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "flags", "told"),
+    [
+        ("cpu", None, "flags : sse2 avx2 avx512f", True),
+        ("cpu", None, "flags : avx512f avx512_bf16", False),
+        ("cpu", None, "flags : amx_bf16 amx_tile", False),
+        ("cpu", None, "Features : fp asimd bf16", False),
+        ("gpu", "7.5", "", True),
+        ("gpu", "8.0", "", False),
+        ("gpu", "12.0", "", False),
+        ("gpu", "gfx90a", "", False),
+        ("tpu", None, "", False),
+    ],
+)
+def test_bfloat16_where_it_is_emulated_is_told(monkeypatch, platform, capability, flags, told):
+    device = types.SimpleNamespace(platform=platform, device_kind="this device", compute_capability=capability)
+    monkeypatch.setattr(machine.jax, "devices", lambda: [device])
+    monkeypatch.setattr(machine, "processor_flags", lambda: flags)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        machine.warn_of_emulated("float32")
+        assert not warned
+        machine.warn_of_emulated("bfloat16")
+    assert [str(w.message) for w in warned] == [
+        "this device has no bfloat16 arithmetic: --precision float32 is faster here"
+    ] * told
