@@ -116,7 +116,7 @@ def one_line_if_unwritable(workdir: Path) -> Iterator[None]:
         code = re.search(r"os_error_code='(\d+)'", str(problem))  # TensorStore's way to say it
         if not code and not isinstance(problem, OSError):
             raise
-        reason = os.strerror(int(code[1])) if code else str(problem)
+        reason = os.strerror(int(code[1])) if code else getattr(problem, "strerror", None) or str(problem)
         raise SystemExit(
             f"error: {workdir} cannot be written ({reason}); the checkpoints in it are whole, and once that is mended the same "
             "command continues it"
