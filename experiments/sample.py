@@ -15,6 +15,7 @@ import numpy as np
 from beartype.door import is_bearable
 from command_line import one_line_errors, parse_command_line, require
 from figures import save_grid
+from jaxtyping import Array, Float, Key
 from machine import prepare_machine
 from tqdm import tqdm
 from workdir import read_config
@@ -52,25 +53,35 @@ def main() -> None:
         require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
         require(out.suffix in (".png", ".npy"), "out", out, "a file that ends in .png or .npy")
         require(out.parent.is_dir(), "out", out, "in a folder that exists")
-        require(config.sampler == "ddim" or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim")
         run = run_config(config.workdir)
         schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
-        tables = {
-            "ancestral": partial(dj.ancestral_table, sigma_type=run.sigma_type),
-            "ddim": partial(dj.ddim_table, eta=config.eta),
-            "dpm_solver": dj.dpm_solver_table,
-        }
-        table = tables[config.sampler](schedule, sampling_timesteps=config.sampling_timesteps)
+        table = sampler_table(config, run, schedule)
         state = restored(run, config.workdir, config.checkpoint)
 
-    draw = mnist.make_sampler(run, schedule)
-    batch = min(BATCH, config.num_samples)
-    firsts = tqdm(range(0, config.num_samples, batch), unit="batch", disable=config.num_samples <= batch)
-    key = jax.random.key(config.seed)
-    samples = np.concatenate([draw(state.ema_params, table, key, first, batch) for first in firsts])[: config.num_samples]
+    samples = draw_all(run, schedule, state, table, jax.random.key(config.seed), config.num_samples)
     with one_line_errors():
         save_grid(out, samples) if out.suffix == ".png" else np.save(out, samples)
     print(f"wrote {out}: {len(samples)} samples at step {int(state.step)} of {run.iterations}", file=sys.stderr)
+
+
+def sampler_table(config: Any, run: mnist.Config, schedule: dj.NoiseSchedule) -> dj.SamplerTable:
+    """The table of `config`'s sampler, eta and sampling_timesteps, for a run."""
+    require(config.sampler == "ddim" or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim")
+    tables = {
+        "ancestral": partial(dj.ancestral_table, sigma_type=run.sigma_type),
+        "ddim": partial(dj.ddim_table, eta=config.eta),
+        "dpm_solver": dj.dpm_solver_table,
+    }
+    return tables[config.sampler](schedule, sampling_timesteps=config.sampling_timesteps)
+
+
+def draw_all(
+    run: mnist.Config, schedule: dj.NoiseSchedule, state: dj.TrainState, table: dj.SamplerTable, key: Key[Array, ""], count: int
+) -> Float[np.ndarray, "count 32 32 1"]:
+    """Samples 0, 1, ... of the run's averaged parameters, a batch at a time."""
+    draw, batch = mnist.make_sampler(run, schedule), min(BATCH, count)
+    firsts = tqdm(range(0, count, batch), "samples", unit="batch", disable=count <= batch)
+    return np.concatenate([draw(state.ema_params, table, key, first, batch) for first in firsts])[:count]
 
 
 def run_config(workdir: str) -> mnist.Config:

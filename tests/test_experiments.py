@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -42,6 +43,21 @@ def test_sample_writes_a_grid(trained, tmp_path):
     args = ["--sampler", "dpm_solver", "--num-samples", "7", "--out", tmp_path / "grid.png"]
     run("sample.py", "--workdir", trained, *args)
     assert Image.open(tmp_path / "grid.png").size == (96, 96)
+
+
+@pytest.mark.slow
+def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    args = ["--workdir", workdir, "--num-samples", "250", "--sampling-timesteps", "4", "--bound-images", "4"]
+    said = run("evaluate.py", *args)
+    results = json.loads((workdir / "evaluation.json").read_text())
+    assert results["classifier_accuracy"] > 0.95
+    assert results["generated"]["frechet_distance"] > 10 * results["test"]["frechet_distance"]
+    assert results["generated"]["precision"] < 0.2 < 0.8 < results["test"]["precision"]
+    assert results["bits_per_dim"] > 1
+    assert "| frechet distance |" in said
+    assert Image.open(workdir / "bound.png").size[0] > 500
 
 
 def test_mixture_draws_its_figures_and_resumes(tmp_path):
@@ -131,6 +147,14 @@ def test_sample_refuses_in_one_line(capsys, monkeypatch, trained, args):
     workdir = [] if "--workdir" in args else ["--workdir", trained]
     line = fails(capsys, monkeypatch, "sample", *workdir, *args.split())
     assert all(part in line for part in BAD_SAMPLE[args]), line
+
+
+@pytest.mark.parametrize(
+    "args", ["--num-samples 99", "--bound-images -1", "--eta 0.5", "--sampling-timesteps 13", "--workdir no/run"]
+)
+def test_evaluate_refuses_in_one_line(capsys, monkeypatch, trained, args):
+    workdir = [] if "--workdir" in args else ["--workdir", trained]
+    assert args.split()[1] in fails(capsys, monkeypatch, "evaluate", *workdir, *args.split())
 
 
 @pytest.mark.parametrize("args", ["--batch-size 0", "--ema-decay 2", "--iterations x"])
