@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TINY, final_state, run
+from runs import TINY, final_state, finish, run, start
 
 
 def test_mnist_leaves_a_whole_run(trained):
@@ -50,11 +50,11 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     args = ["--workdir", workdir, "--num-samples", "250", "--sampling-timesteps", "4", "--bound-images", "4"]
-    said = run("evaluate.py", *args)
+    said = finish(start("evaluate.py", *args, HOME=str(tmp_path)))  # whose classifier is trained anew
     results = json.loads((workdir / "evaluation.json").read_text())
     assert results["classifier_accuracy"] > 0.95
     assert results["generated"]["frechet_distance"] > 10 * results["test"]["frechet_distance"]
-    assert results["generated"]["precision"] < 0.2 < 0.8 < results["test"]["precision"]
+    assert results["generated"]["precision"] < 0.2 < 0.6 < results["test"]["precision"]
     assert results["bits_per_dim"] > 1
     assert "| frechet distance |" in said
     assert Image.open(workdir / "bound.png").size[0] > 500
