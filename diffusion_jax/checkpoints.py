@@ -4,6 +4,8 @@ Orbax and TensorStore do not notice a bit that flips in the values, so each fold
 """
 
 import json
+import os
+import re
 import warnings
 import zlib
 from functools import partial
@@ -81,6 +83,8 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) ->
     except Exception as problem:  # TensorStore and Orbax have many kinds
         if isinstance(problem, MemoryError | OSError) and not isinstance(problem, FileNotFoundError):
             raise  # of this machine at this moment, not of the checkpoint
+        if code := re.search(r"os_error_code='(?!2')(\d+)'", str(problem)):  # TensorStore's way to say the same
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from problem
         reason = (str(problem) or type(problem).__name__).splitlines()[0][:300]
         raise ValueError(f"checkpoint {step} in {checkpoints.directory} cannot be used: {reason}") from problem
     return state.replace(**jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), saved, wanted))
@@ -111,7 +115,7 @@ def _set_damaged_losses_aside(directory: Path) -> None:
 
 def _check_files(folder: Path) -> None:
     if not (folder / CHECKSUMS).exists():
-        raise ValueError(f"it has no {CHECKSUMS}: a save cut short, or a version of this library before 0.2")
+        raise ValueError(f"it has no {CHECKSUMS}: a save cut short, or an earlier version of this library")
     for name, checksum in json.loads((folder / CHECKSUMS).read_text()).items():
         if zlib.crc32((folder / name).read_bytes()) != checksum:
             raise ValueError(f"{name} is damaged")

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from diffusion_jax.diffusion import Denoise, _as_column, _look_up, posterior_coefficients, q_sample
 from diffusion_jax.schedules import NoiseSchedule
 
-BLOCK = 1000
+BLOCK = 250
 LN2 = float(np.log(2))
 
 
@@ -29,7 +29,7 @@ def frechet_distance(real: Float[np.ndarray, "N d"], generated: Float[np.ndarray
 
 
 def kernel_distance(real: Float[np.ndarray, "N d"], generated: Float[np.ndarray, "M d"]) -> float:
-    """The squared maximum mean discrepancy under the kernel (x.y / d + 1)^3, without bias [Binkowski et al. 2018, sec. 3].
+    """The squared maximum mean discrepancy under the kernel (x.y / d + 1)^3, without bias [Binkowski et al. 2018, sec. 4].
 
     It is around 0, and may be below it, where the sets are alike.
     """
@@ -48,7 +48,7 @@ def kernel_distance(real: Float[np.ndarray, "N d"], generated: Float[np.ndarray,
 def precision_and_recall(
     real: Float[np.ndarray, "N d"], generated: Float[np.ndarray, "M d"], neighbours: int = 3
 ) -> tuple[float, float]:
-    """The share of generated features inside the real ones' balls, and the reverse [Kynkaanniemi et al. 2019, eqs. 1-3].
+    """The share of generated features inside the real ones' balls, and the reverse [Kynkaanniemi et al. 2019, sec. 3].
 
     The ball around a feature reaches to the nearest but `neighbours` - 1 of the others of its set.
     """
@@ -97,7 +97,7 @@ def bound_bits(
         L_0     = -log2 of the mass of N(x_0_hat, c^2 I) in the level of x_0
 
     where c^2 is beta_t for the `sigma_type` "upper_bound" and w for "lower_bound"; w is 0 at t = 1, and that of t = 2 is taken
-    there [Nichol & Dhariwal 2021, sec. 3.1], or beta_1 where T = 1. Raises ValueError on another type.
+    there, as the authors' code does, or beta_1 where T = 1. Raises ValueError on another type.
     """
     if sigma_type not in ("upper_bound", "lower_bound"):
         raise ValueError(f"sigma_type must be upper_bound or lower_bound for a likelihood, got {sigma_type!r}")

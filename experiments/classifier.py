@@ -2,6 +2,8 @@
 
 import os
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,11 @@ def apply(params: PyTree, images: UInt8[Array, "B 28 28 1"]) -> tuple[Array, Arr
 
 def trained_classifier(data: ImageData, test: ImageData) -> tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], float]:
     """classify(images) -> (features, labels), and its accuracy on the test split; kept in ~/.cache/diffusion_jax."""
-    file = Path(os.path.expanduser(f"~/.cache/diffusion_jax/classifier_{data.name}_1.npz"))
-    if file.exists():
-        with np.load(file, allow_pickle=False) as saved:
-            params = unflatten_dict(dict(saved), sep="/")
-    else:
+    file = Path(
+        os.path.expanduser(f"~/.cache/diffusion_jax/classifier_{data.name}_{zlib.crc32(data.images.tobytes()):08x}.npz")
+    )
+    params = _load(file)
+    if params is None:
         params = _train(data)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.with_suffix(f".{os.getpid()}").open("wb") as out:
@@ -63,6 +65,14 @@ def trained_classifier(data: ImageData, test: ImageData) -> tuple[Callable[[np.n
         return np.concatenate(features), np.concatenate(labels)
 
     return classify, float((classify(test.images)[1] == test.labels).mean())
+
+
+def _load(file: Path) -> dict | None:
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            return unflatten_dict(dict(saved), sep="/")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # not there, or not whole
+        return None
 
 
 def _train(data: ImageData) -> dict:

@@ -37,11 +37,9 @@ def train_in(
     """
     logging.set_verbosity(logging.FATAL)  # a save that fails raises as well
     first, stop, pending, losses = is_first_process(), 0, [], []
-    with (
-        one_line_if_unwritable(workdir),
-        stop_requests() as requests,
-        open_checkpoints(workdir / "checkpoints") if first else contextlib.nullcontext() as checkpoints,
-    ):
+    with one_line_if_unwritable(workdir), failing_together():
+        folder = open_checkpoints(workdir / "checkpoints") if first else contextlib.nullcontext()
+    with one_line_if_unwritable(workdir), stop_requests() as requests, folder as checkpoints:
         with one_line_errors(), failing_together():
             state = resume(workdir, checkpoints, state) if checkpoints else state
         state = from_first_process(state)
@@ -68,8 +66,9 @@ def train_in(
                             append_rows(workdir, rows)
                             checkpoints.check_for_errors()
                         check_finite(rows, workdir, config.seed)
-                        if (due or stop) and checkpoints:  # a loss of fewer steps than the others' may not be the best
-                            save(checkpoints, state, loss=sum(losses) / len(losses) if due else None)
+                        if (due or stop) and checkpoints:  # the mean loss of fewer steps than the others' may not be the best
+                            whole = len(losses) == config.checkpoint_every
+                            save(checkpoints, state, loss=sum(losses) / len(losses) if whole else None)
                     losses = [] if due or stop else losses
                 if stop:
                     break

@@ -172,17 +172,18 @@ def main() -> None:
     prepare_machine()
     with one_line_errors():
         join_processes(sys.argv[1:])
-        preset = choose_preset(sys.argv[1:])
-        config = parse_command_line(PRESETS[preset], __doc__)
-        config = dataclasses.replace(config, preset=preset)
-        check(config)
-        check_divisible(config.batch_size, jax.device_count())
-        warn_of_emulated(config.precision)
-        schedule = SCHEDULES[config.noise_schedule_type](config.num_timesteps)
-        table = dj.ancestral_table(schedule, config.sigma_type, config.sampling_timesteps)
-        preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
-        init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
-        state = initial_state(config, init_key)
+        with failing_together():
+            preset = choose_preset(sys.argv[1:])
+            config = parse_command_line(PRESETS[preset], __doc__)
+            config = dataclasses.replace(config, preset=preset)
+            check(config)
+            check_divisible(config.batch_size, jax.device_count())
+            warn_of_emulated(config.precision)
+            schedule = SCHEDULES[config.noise_schedule_type](config.num_timesteps)
+            table = dj.ancestral_table(schedule, config.sigma_type, config.sampling_timesteps)
+            preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
+            init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+            state = initial_state(config, init_key)
         data = load_in_turn(config)
         config = dataclasses.replace(config, dataset=data.name)
         check_same_everywhere("options and data", fingerprint(config, data))
@@ -197,8 +198,9 @@ def main() -> None:
     def preview(state: dj.TrainState, step: int) -> None:
         if config.sample_every and step % config.sample_every == 0 and step < config.iterations:
             samples = sampler(state.ema_params, preview_table, sample_key, 0, config.num_samples)
-            if is_first_process():
-                save_grid(workdir / f"samples_{step:06d}.png", samples)
+            with failing_together():
+                if is_first_process():
+                    save_grid(workdir / f"samples_{step:06d}.png", samples)
 
     state = train_in(workdir, config, state, make_step(config, schedule, data.images, train_key), preview)
 

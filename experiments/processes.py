@@ -52,10 +52,13 @@ def failing_together() -> Iterator[None]:
     problem = None
     try:
         yield
-    except BaseException as error:
+    except (Exception, SystemExit) as error:
         problem = error
-    ocp.multihost.get_barrier_sync_fn()(key=f"block {next(_BLOCKS)}", timeout_ms=BARRIER_SECONDS * 1000)
-    failed = largest_of_all(int(problem is not None))
+    try:
+        ocp.multihost.get_barrier_sync_fn()(key=f"block {next(_BLOCKS)}", timeout_ms=BARRIER_SECONDS * 1000)
+        failed = largest_of_all(int(problem is not None))
+    except Exception as others_are_gone:
+        raise problem or others_are_gone from None
     if problem is not None:
         raise problem
     if failed:

@@ -92,7 +92,7 @@ def keep_rows(workdir: Path, count: int) -> None:
     if not file.exists():
         return
     lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    if len(lines) <= count:
+    if count and len(lines) <= count:
         warnings.warn(f"{file} lacks rows of steps up to {count}", stacklevel=2)
     file.with_suffix(".new").write_text("".join(lines[: count + 1] if count else []))
     os.replace(file.with_suffix(".new"), file)

@@ -162,6 +162,12 @@ def test_a_moment_without_memory_or_disk_is_not_taken_for_damage(tmp_path, state
         monkeypatch.setattr(library, "_check_files", fail)
         with open_checkpoints(tmp_path) as checkpoints, pytest.raises(type(problem)):
             restore_latest(checkpoints, state)
+    monkeypatch.undo()
+    with open_checkpoints(tmp_path) as checkpoints:
+        told = ValueError("NOT_FOUND: Failed to open: Too many open files [os_error_code='24']")
+        monkeypatch.setattr(checkpoints, "restore", lambda *_, **__: (_ for _ in ()).throw(told))
+        with pytest.raises(OSError, match="Too many open files"):
+            restore_latest(checkpoints, state)
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path, state):
