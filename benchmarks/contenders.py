@@ -50,13 +50,14 @@ def ours(options: dict, precision: str) -> Contender:
     import numpy as np
 
     import diffusion_jax as dj
+    from diffusion_jax.data import ImageData
 
     size = {"embed_dim": options["embed_dim"], "dim_scales": CHANNELS, "batch_size": options["batch_size"]}
     config = dataclasses.replace(mnist.PRESETS["paper"], precision=precision, num_timesteps=T, **size)
     schedule, key = dj.cosine_schedule(T), jax.random.key(0)
     state = mnist.initial_state(config, key)
     images = np.random.default_rng(0).integers(0, 256, (1000, 28, 28, 1), np.uint8)
-    step = mnist.make_step(config, schedule, images, key)
+    step = mnist.make_step(config, schedule, ImageData("noise", images, np.zeros(1000, np.int64)), key)
     draw = mnist.make_sampler(config, schedule)
     network = mnist.make_network(config)
     apply = jax.jit(lambda params, x_t, t: network.apply({"params": params}, x_t, t))
@@ -69,7 +70,8 @@ def ours(options: dict, precision: str) -> Contender:
         state = jax.block_until_ready(step(state, 0)[0])
 
     def sample(steps: int):
-        draw(state.ema_params, dj.ancestral_table(schedule, sampling_timesteps=steps), key, 0, options["num_samples"])
+        labels = mnist.labels_in_turn(config, options["num_samples"])
+        draw(state.ema_params, dj.ancestral_table(schedule, sampling_timesteps=steps), key, labels)
 
     forward = lambda: apply(state.params, x_t, t).block_until_ready()  # noqa: E731
     matmul = lambda: multiply(square, square).block_until_ready()  # noqa: E731

@@ -1,6 +1,8 @@
 """Denoising diffusion as pure functions: noise schedules, the loss, and every sampler as a table of affine steps."""
 
-from diffusion_jax.diffusion import convert, diffusion_loss, loss_at, make_denoiser, posterior, q_sample
+from diffusion_jax.diffusion import Denoise, convert, diffusion_loss, loss_at, make_denoiser, posterior, q_sample
+from diffusion_jax.editing import encoding_table, guided, inpainting, part_way, resampled, spherical
+from diffusion_jax.likelihood import bound_bits, bound_loss, hybrid_loss, prior_bits
 from diffusion_jax.mlp import MLP
 from diffusion_jax.sampling import (
     SamplerTable,
@@ -26,28 +28,39 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "Denoise",
     "NoiseSchedule",
     "SamplerTable",
     "TrainState",
     "UNet",
     "adam_with_cosine_decay",
     "ancestral_table",
+    "bound_bits",
+    "bound_loss",
     "convert",
     "cosine_schedule",
     "create_train_state",
     "ddim_table",
     "diffusion_loss",
     "dpm_solver_table",
+    "encoding_table",
     "example_keys",
+    "guided",
+    "hybrid_loss",
+    "inpainting",
     "linear_schedule",
     "loss_at",
     "make_denoiser",
     "over_devices",
     "padded",
+    "part_way",
     "posterior",
+    "prior_bits",
     "q_sample",
+    "resampled",
     "sample",
     "sample_trajectory",
     "schedule_from_beta",
+    "spherical",
     "train_step",
 ]

@@ -39,9 +39,10 @@ from diffusion_jax.schedules import NoiseSchedule
 TargetType = Literal["pred_x_0", "pred_eps", "pred_v"]
 LossType = Literal["l2", "l1"]
 Predict = Callable[[Array, Array], Any]
-"""A network: predict(x_t, t) -> its target, of x_t's shape."""
-Denoise = Callable[[Array, Array], Array]
-"""denoise(x_t, t) -> x_0_hat, whatever the network underneath predicts."""
+"""A network: predict(x_t, t) -> its target, of x_t's shape; or where it learns its variance, the target and a fraction f
+for each element, by which the variance lies between its bounds in log space [Nichol & Dhariwal 2021, eq. 15]."""
+Denoise = Callable[[Array, Array], Any]
+"""denoise(x_t, t) -> x_0_hat, whatever the network underneath predicts; or x_0_hat and f."""
 
 
 def q_sample(
@@ -88,7 +89,7 @@ def convert(
 def make_denoiser(
     schedule: NoiseSchedule, predict: Predict, target_type: str = "pred_eps", clip: float | None = None
 ) -> Denoise:
-    """denoise(x_t, t) -> x_0_hat from a network that predicts `target_type` (eq. 6).
+    """denoise(x_t, t) -> x_0_hat from a network that predicts `target_type` (eq. 6); with f, if the network has it.
 
     `clip` bounds x_0_hat to [-clip, clip], in the units of the data; right for images scaled to [-1, 1], and it keeps
     pred_eps finite where eq. 6 divides by a ~ 1e-4. Raises ValueError on an unknown type or a `clip` that is not positive.
@@ -97,11 +98,18 @@ def make_denoiser(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive or None, got {clip}")
 
-    def denoise(x_t: Float[Array, "B *shape"], t: Int[Array, " B"]) -> Float[Array, "B *shape"]:
-        x_0_hat = convert(schedule, predict(x_t, t), x_t, t, target_type, "pred_x_0")
-        return x_0_hat if clip is None else jnp.clip(x_0_hat, -clip, clip)
+    def denoise(x_t: Float[Array, "B *shape"], t: Int[Array, " B"]) -> Any:
+        output = predict(x_t, t)
+        x_0_hat = convert(schedule, with_fraction(output)[0], x_t, t, target_type, "pred_x_0")
+        x_0_hat = x_0_hat if clip is None else jnp.clip(x_0_hat, -clip, clip)
+        return (x_0_hat, output[1]) if isinstance(output, tuple) else x_0_hat
 
     return denoise
+
+
+def with_fraction(output: Any) -> tuple[Array, Array | float]:
+    """What a network or a denoiser returned as a pair, with f = 0 where it learns no variance."""
+    return output if isinstance(output, tuple) else (output, 0.0)
 
 
 def diffusion_loss(
@@ -117,10 +125,19 @@ def diffusion_loss(
     Each example's t and eps come from its own key, so they do not depend on which batch or device it is in. The loss itself
     is `loss_at`. Raises ValueError on an unknown type.
     """
-    t_keys, eps_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    t = jax.vmap(lambda key: jax.random.randint(key, (), 1, schedule.num_timesteps + 1))(t_keys)
-    eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], x_0.dtype))(eps_keys)
+    t, eps = _draw(schedule, x_0, keys)
     return loss_at(schedule, predict, x_0, t, eps, target_type, loss_type)
+
+
+def _draw(schedule: NoiseSchedule, x_0: Array, keys: Array, probabilities: ArrayLike | None = None) -> tuple[Array, Array]:
+    """t of 1..T, uniform or with the `probabilities` given, and eps, for each example."""
+    t_keys, eps_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    if probabilities is None:
+        t = jax.vmap(lambda key: jax.random.randint(key, (), 1, schedule.num_timesteps + 1))(t_keys)
+    else:
+        p = jnp.asarray(probabilities, jnp.float32)
+        t = jax.vmap(lambda key: 1 + jax.random.choice(key, len(p), p=p))(t_keys)
+    return t, jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], x_0.dtype))(eps_keys)
 
 
 def loss_at(
@@ -141,7 +158,7 @@ def loss_at(
     _check_choice("loss_type", loss_type, get_args(LossType))
     x_t = q_sample(schedule, x_0, t, eps)
     target = x_0 if target_type == "pred_x_0" else convert(schedule, eps, x_t, t, "pred_eps", target_type)
-    prediction = predict(x_t, t)
+    prediction, _ = with_fraction(predict(x_t, t))
     _check_shape("prediction", prediction, x_0)
     error = prediction - target
     return error**2 / 2 if loss_type == "l2" else jnp.abs(error)

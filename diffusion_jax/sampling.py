@@ -6,7 +6,8 @@ A sampler walks down timesteps T = t_S > ... > t_0 = 0. Each of its S steps goes
     x_s     = a x_t + b x_0_hat + c z + d x_0_hat_before,  z ~ N(0, I)              (11)
 
 where x_0_hat_before is the previous step's x_0_hat (0 at the first step), and a, b, c and d are known before the network is
-called. The last step adds no noise: it ends at x_0_hat.
+called. The last step adds no noise: it ends at x_0_hat. A network that learns its variance gives, beside x_0_hat, a fraction f
+of the way from the least deviation to the largest, in log space; then c e^(r f) stands for c, and r is known as well.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from diffusion_jax.diffusion import Denoise, _check_choice, posterior_coefficients
+from diffusion_jax.diffusion import Denoise, _check_choice, posterior_coefficients, with_fraction
 from diffusion_jax.schedules import NoiseSchedule
 
-SigmaType = Literal["upper_bound", "lower_bound", "zero"]
+SigmaType = Literal["upper_bound", "lower_bound", "zero", "learned"]
 
 
 class SamplerTable(NamedTuple):
@@ -30,6 +31,7 @@ class SamplerTable(NamedTuple):
     b: Float[np.ndarray, " S"]
     c: Float[np.ndarray, " S"]
     d: Float[np.ndarray, " S"]
+    r: Float[np.ndarray, " S"]
 
 
 def strided_timesteps(num_timesteps: int, sampling_timesteps: int | None = None) -> Int[np.ndarray, " times"]:
@@ -49,7 +51,8 @@ def ancestral_table(
     """Ancestral sampling: the posterior (eq. 10) at x_0_hat, strided if `sampling_timesteps` < T [Ho et al. 2020, alg. 2].
 
     `sigma_type` is the variance c^2: "upper_bound" is beta_{t|s}, right for x_0 ~ N(0, I); "lower_bound" is the posterior's
-    own, right for a single point x_0 [Ho et al. 2020, sec. 3.2]; "zero" takes the posterior's mean (which is not DDIM).
+    own, right for a single point x_0 [Ho et al. 2020, sec. 3.2]; "zero" takes the posterior's mean (which is not DDIM);
+    "learned" is between the two bounds, where the network says [Nichol & Dhariwal 2021, eq. 15], or else the lower bound.
     Raises ValueError on an unknown type or on `sampling_timesteps` outside 1..T.
     """
     _check_choice("sigma_type", sigma_type, get_args(SigmaType))
@@ -57,8 +60,10 @@ def ancestral_table(
     t, s = times[:-1], times[1:]
     k, m, w = posterior_coefficients(schedule, t, s)
     beta = 1 - schedule.alpha_bar[t] / schedule.alpha_bar[s]
-    variance = {"upper_bound": beta, "lower_bound": w, "zero": np.zeros_like(w)}[sigma_type]
-    return SamplerTable(t, k, m, np.where(s > 0, np.sqrt(variance), 0.0), np.zeros_like(k))
+    zero, ends = np.zeros_like(k), s == 0
+    variance = {"upper_bound": beta, "zero": zero}.get(sigma_type, w)
+    log_range = np.log(beta / np.where(ends, beta, w)) / 2 if sigma_type == "learned" else zero
+    return SamplerTable(t, k, m, np.where(ends, 0.0, np.sqrt(variance)), zero, log_range)
 
 
 def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: int | None = None) -> SamplerTable:
@@ -75,24 +80,26 @@ def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: in
     variance = eta**2 * posterior_coefficients(schedule, t, s)[2]
     a = np.sqrt(schedule.sqrt_one_minus_alpha_bar[s] ** 2 - variance) / schedule.sqrt_one_minus_alpha_bar[t]
     b = schedule.sqrt_alpha_bar[s] - a * schedule.sqrt_alpha_bar[t]
-    return SamplerTable(t, a, b, np.sqrt(variance), np.zeros_like(a))
+    zero = np.zeros_like(a)
+    return SamplerTable(t, a, b, np.sqrt(variance), zero, zero)
 
 
-def dpm_solver_table(schedule: NoiseSchedule, sampling_timesteps: int | None = None) -> SamplerTable:
-    """DPM-Solver++(2M) [Lu et al. 2022, alg. 2]: deterministic and of second order, where DDIM at eta = 0 is of first.
+def dpm_solver_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: int | None = None) -> SamplerTable:
+    """DPM-Solver++(2M) [Lu et al. 2022, alg. 2]: of second order, where DDIM is of first; at eta = 1 its SDE form (app. B.4).
 
     It takes DDIM's step from x_0_hat extrapolated to the middle of the step, along the line through the last two in
     lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), with h = lambda_s - lambda_t:
 
         D = x_0_hat + (x_0_hat - x_0_hat_before) h / (2 h_before)
 
-    The first step, which has nothing before it, and the last, where h is infinite, are DDIM's own. Raises ValueError on
-    `sampling_timesteps` outside 1..T.
+    The first step, which has nothing before it, and the last, where h is infinite, are DDIM's own. Raises ValueError on eta
+    outside [0, 1] or `sampling_timesteps` outside 1..T.
     """
-    t, a, b, c, d = ddim_table(schedule, 0.0, sampling_timesteps)
+    table = ddim_table(schedule, eta, sampling_timesteps)
+    t, b, d = table.t, table.b, np.zeros_like(table.b)
     h = np.diff(np.log(schedule.sqrt_alpha_bar[t] / schedule.sqrt_one_minus_alpha_bar[t]))  # of all steps but the last
     d[1:-1] = -b[1:-1] * h[1:] / (2 * h[:-1])
-    return SamplerTable(t, a, b - d, c, d)
+    return table._replace(b=b - d, d=d)
 
 
 def padded(table: SamplerTable, num_steps: int) -> SamplerTable:
@@ -107,47 +114,69 @@ def padded(table: SamplerTable, num_steps: int) -> SamplerTable:
     return SamplerTable(*(np.pad(column, (0, missing)) for column in table))
 
 
-def sample(denoise: Denoise, table: SamplerTable, keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
+def sample(
+    denoise: Denoise,
+    table: SamplerTable,
+    keys: Key[Array, " B"],
+    shape: tuple[int, ...],
+    start: Float[Array, "B *shape"] | None = None,
+) -> Float[Array, "B *shape"]:
     """One x_0 of `shape` for each key, in memory that does not grow with the number of steps (eq. 11).
 
-    Sample i depends on keys[i] alone, whatever the batch size and the device count. The loop ends at the table's end or at its
-    first row of t = 0, so it has no reverse-mode gradient; `sample_trajectory` has.
+    The walk begins at `start`, an x_t at the table's first t, or else at standard normal noise. Sample i depends on keys[i] and
+    start[i] alone, whatever the batch size and the device count. The loop ends at the table's end or at its first row of t = 0,
+    so it has no reverse-mode gradient; `sample_trajectory` has.
     """
-    table, noise = _on_device(table), _normal(keys, 0, shape)
+    table, begin = _on_device(table), _start(keys, shape, start)
 
     def step(carry):
         number, state = carry
-        return number + 1, _step(denoise, jax.tree.map(lambda column: column[number], table), state, keys)
+        return number + 1, _step(denoise, jax.tree.map(lambda column: column[number], table), state, keys, number)
 
     going_on = lambda carry: (carry[0] < len(table.t)) & (table.t[carry[0]] > 0)  # noqa: E731
-    return jax.lax.while_loop(going_on, step, (0, (noise, jnp.zeros_like(noise))))[1][0]
+    return jax.lax.while_loop(going_on, step, (0, (begin, jnp.zeros_like(begin))))[1][0]
 
 
 def sample_trajectory(
-    denoise: Denoise, table: SamplerTable, keys: Key[Array, " B"], shape: tuple[int, ...]
+    denoise: Denoise,
+    table: SamplerTable,
+    keys: Key[Array, " B"],
+    shape: tuple[int, ...],
+    start: Float[Array, "B *shape"] | None = None,
 ) -> Float[Array, "times B *shape"]:
-    """The same samples as `sample` with every x_t on the way: index 0 is x_0, the last is the noise that it began with."""
+    """The same samples as `sample` with every x_t on the way: index 0 is x_0, the last is what the walk began with."""
 
-    def step(carry, row):
-        carry = _step(denoise, row, carry, keys)
+    def step(carry, numbered_row):
+        number, row = numbered_row
+        carry = _step(denoise, row, carry, keys, number)
         return carry, carry[0]
 
-    noise = _normal(keys, 0, shape)
-    _, path = jax.lax.scan(step, (noise, jnp.zeros_like(noise)), _on_device(table))
-    return jnp.concatenate([noise[None], path])[::-1]
+    begin = _start(keys, shape, start)
+    _, path = jax.lax.scan(step, (begin, jnp.zeros_like(begin)), (jnp.arange(len(table.t)), _on_device(table)))
+    return jnp.concatenate([begin[None], path])[::-1]
 
 
-def _step(denoise: Denoise, row: Any, carry: tuple[Array, Array], keys: Array) -> tuple[Array, Array]:
+def _step(denoise: Denoise, row: Any, carry: tuple[Array, Array], keys: Array, number: Array) -> tuple[Array, Array]:
     """From (x_t, x_0_hat_before) to (x_s, x_0_hat)."""
     x_t, x_0_hat_before = carry
-    x_0_hat = denoise(x_t, jnp.full(len(x_t), row.t)).astype(x_t.dtype)
-    noise = _normal(keys, row.t, x_t.shape[1:])
-    return row.a * x_t + row.b * x_0_hat + row.c * noise + row.d * x_0_hat_before, x_0_hat
+    x_0_hat, fraction = with_fraction(denoise(x_t, jnp.full(len(x_t), row.t)))
+    deviation = row.c * jnp.exp(row.r * fraction)
+    noise = _normal(keys, number + 1, x_t.shape[1:])
+    x_s = row.a * x_t + row.b * x_0_hat + deviation * noise + row.d * x_0_hat_before
+    return x_s.astype(x_t.dtype), x_0_hat.astype(x_t.dtype)
 
 
-def _normal(keys: Array, t: int | Array, shape: tuple[int, ...]) -> Array:
-    """The noise of the step that leaves t; 0, which no step leaves, stands for the noise that sampling begins with."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
+def _start(keys: Array, shape: tuple[int, ...], start: Array | None) -> Array:
+    if start is None:
+        return _normal(keys, 0, shape)
+    if start.shape != (len(keys), *shape):
+        raise ValueError(f"start must have the shape {(len(keys), *shape)}, got {start.shape}")
+    return start
+
+
+def _normal(keys: Array, number: int | Array, shape: tuple[int, ...]) -> Array:
+    """The noise of the step of that number, from 1 on; 0 stands for the noise that sampling begins with."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
 
 
 def _on_device(table: SamplerTable) -> SamplerTable:

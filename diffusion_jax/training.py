@@ -41,18 +41,18 @@ def example_keys(key: Key[Array, ""], examples: Int[Array, " B"]) -> Key[Array, 
 
 def train_step(
     state: TrainState,
-    x_0: Float[Array, "B *shape"],
+    batch: PyTree[Array],
     keys: Key[Array, " B"],
     *,
     loss_fn: Callable[[PyTree, Array, Array], Array],
     ema_decay: float,
     mean_over_devices: Callable[[Any], Any] = lambda tree: tree,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimizer step on the mean of `loss_fn(params, x_0, keys)`; returns the new state and its metrics.
+    """One optimizer step on the mean of `loss_fn(params, batch, keys)`; returns the new state and its metrics.
 
     The average follows with decay min(ema_decay, (1 + step) / (10 + step)), so that a short run is not held to its start.
     """
-    loss, grads = jax.value_and_grad(lambda params: loss_fn(params, x_0, keys).mean())(state.params)
+    loss, grads = jax.value_and_grad(lambda params: loss_fn(params, batch, keys).mean())(state.params)
     loss, grads = mean_over_devices((loss, grads))
     state = state.apply_gradients(grads=grads)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))

@@ -15,7 +15,7 @@ MAX_HEADS = 8
 
 
 class UNet(nn.Module):
-    """f(x_t, t), an image of x_t's shape and float32.
+    """f(x_t, t), an image of x_t's shape and float32; with `learned_variance`, a pair of that and a fraction for each element.
 
     Level i of `dim_scales` has two residual blocks on the way down and two on the way up, each with a skip between them, at
     1 / 2^i of the resolution; between levels the width becomes embed_dim * dim_scales[i]. Self-attention sits in the middle,
@@ -29,9 +29,13 @@ class UNet(nn.Module):
     embed_dim: int
     dim_scales: Sequence[int]
     dtype: DTypeLike = jnp.float32
+    num_classes: int = 0
+    learned_variance: bool = False
 
     @nn.compact
-    def __call__(self, x_t: Float[Array, "B H W C"], t: Int[Array, " B"]) -> Float[Array, "B H W C"]:
+    def __call__(
+        self, x_t: Float[Array, "B H W C"], t: Int[Array, " B"], labels: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
         block = lambda features, name: ResidualBlock(features, self.dtype, name=name)  # noqa: E731
         dense = lambda features, name: Dense(features, self.dtype, name=name)  # noqa: E731
         widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
@@ -39,7 +43,11 @@ class UNet(nn.Module):
         check_image(x_t.shape, len(levels) - 1)
 
         time = timestep_embedding(t, self.embed_dim)
-        time = silu(dense(4 * self.embed_dim, "time_2")(silu(dense(4 * self.embed_dim, "time_1")(time))))
+        time = dense(4 * self.embed_dim, "time_2")(silu(dense(4 * self.embed_dim, "time_1")(time)))
+        if self.num_classes:
+            labels = jnp.full(len(t), self.num_classes) if labels is None else labels
+            time = time + nn.Embed(self.num_classes + 1, 4 * self.embed_dim, self.dtype, name="label")(labels)
+        time = silu(time)
         x = first = dense(self.embed_dim, "stem")(x_t)
 
         skips = []
@@ -64,7 +72,9 @@ class UNet(nn.Module):
 
         x = block(self.embed_dim, "out_block")(x + first, time)
         x = silu(GroupNorm(name="out_norm")(x))
-        return nn.Dense(self.in_dim, kernel_init=nn.initializers.zeros, name="out")(x.astype(jnp.float32))
+        outputs = 2 * self.in_dim if self.learned_variance else self.in_dim
+        x = nn.Dense(outputs, kernel_init=nn.initializers.zeros, name="out")(x.astype(jnp.float32))
+        return (x[..., : self.in_dim], (x[..., self.in_dim :] + 1) / 2) if self.learned_variance else x
 
 
 class ResidualBlock(nn.Module):

@@ -41,7 +41,10 @@ def apply(params: PyTree, images: UInt8[Array, "B 28 28 1"]) -> tuple[Array, Arr
     return features_and_logits
 
 
-def trained_classifier(data: ImageData, test: ImageData) -> tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], float]:
+Classify = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def trained_classifier(data: ImageData, test: ImageData) -> tuple[Classify, float]:
     """classify(images) -> (features, labels), and its accuracy on the test split; kept in ~/.cache/diffusion_jax."""
     file = Path(
         os.path.expanduser(f"~/.cache/diffusion_jax/classifier_{data.name}_{zlib.crc32(data.images.tobytes()):08x}.npz")

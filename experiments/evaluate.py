@@ -17,13 +17,13 @@ from classifier import trained_classifier
 from command_line import one_line_errors, parse_command_line, require
 from figures import save_bound_figure
 from jaxtyping import Array, Float, UInt8
+from judge import as_table, judge
 from machine import prepare_machine
-from sample import draw_all, restored, run_config, sampler_table
+from sample import check_guidance, draw_all, restored, run_config, sampler_table
 from tqdm import tqdm
 from workdir import one_line_if_unwritable
 
 import diffusion_jax as dj
-from diffusion_jax import evaluation
 from diffusion_jax.data import load_dataset, to_model_input
 
 
@@ -39,7 +39,9 @@ class Config:
     """Network calls for each sample; by default 50, or all T of the run if they are fewer."""
     sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"
     eta: float = 0.0
-    """For ddim: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
+    """For ddim and dpm_solver: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
+    guidance_scale: float = 1.0
+    """For a run with --conditional, of which the ten classes are drawn in turn."""
     bound_images: int = 20
     """Test images at each t, for the variational bound, and ten times as many at t <= 10; 0 leaves it out."""
     seed: int = 0
@@ -53,6 +55,7 @@ def main() -> None:
         require(config.bound_images >= 0, "bound_images", config.bound_images, "at least 0")
         require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
         run = run_config(config.workdir)
+        check_guidance(run, config.guidance_scale)
         schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
         if config.sampling_timesteps is None:
             config = dataclasses.replace(config, sampling_timesteps=min(50, run.num_timesteps))
@@ -62,16 +65,13 @@ def main() -> None:
         count = min(config.num_samples, len(test.images), len(train.images))
         classify, accuracy = trained_classifier(train, test)
 
-    chosen = np.random.default_rng(config.seed).permutation(len(train.images))[:count]
-    samples = draw_all(run, schedule, state, table, jax.random.key(config.seed), count)
-    sets = {"generated": to_bytes(samples), "test": test.images[:count]}
+    labels = mnist.labels_in_turn(run, count)
+    samples = draw_all(run, schedule, state, table, jax.random.key(config.seed), labels, config.guidance_scale)
     results = {
-        "step": int(state.step), "images": count, "calls": len(table.t), "sampler": config.sampler, "seed": config.seed,
-        "classifier_accuracy": accuracy,
+        "step": int(state.step), "calls": len(table.t), "sampler": config.sampler, "eta": config.eta, "seed": config.seed,
+        "guidance_scale": config.guidance_scale, "classifier_accuracy": accuracy,
+        **judge(samples, train, test, classify, config.seed, labels if run.conditional else None),
     }  # fmt: skip
-    features, labels = classify(train.images[chosen])
-    for name, images in tqdm(sets.items(), "distances", unit="set"):
-        results[name] = compare(classify(images), (features, labels), images, train.images)
     bits = None
     if config.bound_images:
         bits, results["bits_per_dim_error"] = bound(config, run, schedule, state, test.images)
@@ -84,43 +84,19 @@ def main() -> None:
     print(f"wrote {config.workdir}/evaluation.json", file=sys.stderr)
 
 
-def to_bytes(samples: Float[np.ndarray, "N 32 32 1"]) -> UInt8[np.ndarray, "N 28 28 1"]:
-    """Rounded to the 256 levels of real images, without the padding."""
-    return np.rint(np.clip((samples[:, 2:30, 2:30] + 1) * 127.5, 0, 255)).astype(np.uint8)
-
-
-def compare(ours: tuple, real: tuple, images: np.ndarray, training_images: np.ndarray) -> dict[str, float]:
-    """Distances of one set of images from a set of training images, by the classifier's features, labels and pixels."""
-    (features, labels), (real_features, real_labels) = ours, real
-    precision, recall = evaluation.precision_and_recall(real_features, features)
-    histogram, real_histogram = (np.bincount(x, minlength=10) / len(x) for x in (labels, real_labels))
-    pixels, training_pixels = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (images[:1000], training_images))
-    nearest = evaluation.nearest_squared_distances(pixels, training_pixels, 1)[:, 0]
-    return {
-        "frechet_distance": evaluation.frechet_distance(real_features, features),
-        "kernel_distance": evaluation.kernel_distance(real_features, features),
-        "precision": precision,
-        "recall": recall,
-        "class_distance": float(np.abs(histogram - real_histogram).sum() / 2),
-        "nearest_training_image_median": float(np.median(np.sqrt(nearest))),
-        "nearest_training_image_5_percent": float(np.quantile(np.sqrt(nearest), 0.05)),
-    }
-
-
 def bound(
     config: Config, run: mnist.Config, schedule: dj.NoiseSchedule, state: dj.TrainState, images: UInt8[np.ndarray, "N 28 28 1"]
 ) -> tuple[Float[np.ndarray, " T+1"], float]:
     """The terms of the variational bound, L_0, ..., L_{T-1} and L_T, and the standard error of their sum, by images drawn at
     random for each of them; in bits per dimension of a 28x28 image."""
     sigma_type = "lower_bound" if run.sigma_type == "zero" else run.sigma_type
-    network = mnist.make_network(run)
     key = jax.random.key(config.seed)
 
     @jax.jit
     def term(params, x_0, t, key):
-        denoise = dj.make_denoiser(schedule, lambda x, t: network.apply({"params": params}, x, t), run.target_type, clip=1.0)
+        denoise = mnist.make_denoiser(run, schedule, params)
         eps = jax.random.normal(key, x_0.shape)
-        return evaluation.bound_bits(schedule, denoise, x_0, jnp.full(len(x_0), t), eps, sigma_type)
+        return dj.bound_bits(schedule, denoise, x_0, jnp.full(len(x_0), t), eps, sigma_type)
 
     rng, terms = np.random.default_rng(config.seed), []
     for t in tqdm(range(1, run.num_timesteps + 1), "bound", unit="t"):
@@ -131,18 +107,7 @@ def bound(
 
 
 def prior_bits(schedule: dj.NoiseSchedule, images: UInt8[np.ndarray, "N 28 28 1"]) -> Array:
-    return evaluation.prior_bits(schedule, to_model_input(jnp.asarray(images[:1000])))
-
-
-def as_table(results: dict) -> str:
-    names = list(results["test"])
-    lines = ["| | generated | test images |", "|---|---|---|"]
-    lines += [
-        f"| {name.replace('_', ' ')} | {results['generated'][name]:.4g} | {results['test'][name]:.4g} |" for name in names
-    ]
-    if "bits_per_dim" in results:
-        lines.append(f"| bits per dimension, at most | | {results['bits_per_dim']:.3g} ± {results['bits_per_dim_error']:.2g} |")
-    return "\n".join(lines)
+    return dj.prior_bits(schedule, to_model_input(jnp.asarray(images[:1000])))
 
 
 if __name__ == "__main__":

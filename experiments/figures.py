@@ -32,6 +32,14 @@ def save_grid(file: Path, samples: np.ndarray) -> None:
     Image.fromarray(tile(to_pixels(samples), columns)).save(file)
 
 
+def save_rows(file: Path, columns: list[np.ndarray]) -> None:
+    """Images in [-1, 1]: row i has the i-th of each column."""
+    images = np.stack([to_pixels(column) for column in columns], 1)
+    Image.fromarray(tile(images.reshape(-1, *images.shape[2:]), len(columns))).resize(
+        (len(columns) * images.shape[3] * 2, len(images) * images.shape[2] * 2), Image.Resampling.NEAREST
+    ).save(file)
+
+
 def save_noise_figure(file: Path, real: np.ndarray, path: np.ndarray) -> None:
     """Real images in [-1, 1], then the same samples at each percentage of the noise; `path[0]` is x_0, `path[-1]` noise."""
     panels = [("data", real)] + [(f"{p}% noise", path[round(p / 100 * (len(path) - 1))]) for p in PERCENTS]
@@ -80,6 +88,18 @@ def save_bound_figure(file: Path, bits: np.ndarray) -> None:
         f"terms of the bound: {bits.sum():.3f} in all, of which L_0 {bits[0]:.3f} and L_T {bits[-1]:.1e}", fontsize=10
     )
     axis.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def save_curves(file: Path, distances: dict[str, dict[int, float]], floor: float) -> None:
+    """Distance against the number of network calls, a line a sampler, above that of real images."""
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for name, curve in distances.items():
+        axis.plot(list(curve), list(curve.values()), "o-", markersize=4, label=name)
+    axis.axhline(floor, color="gray", linestyle=":", label="test images")
+    axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Frechet distance")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
     _save(figure, file)
 
 

@@ -22,17 +22,19 @@ from figures import save_grid, save_noise_figure
 from jaxtyping import Array, Float, Key, PyTree
 from loop import train_in
 from machine import prepare_machine, warn_of_emulated
-from processes import check_same_everywhere, failing_together, is_first_process, join_processes
+from processes import check_same_everywhere, failing_together, in_turn, is_first_process, join_processes
 from workdir import one_line_if_unwritable, open_workdir
 
 import diffusion_jax as dj
 from diffusion_jax.data import DatasetName, ImageData, batch_indices, load_dataset, to_model_input
-from diffusion_jax.diffusion import LossType, TargetType
+from diffusion_jax.diffusion import TargetType
 from diffusion_jax.sampling import SigmaType
 from diffusion_jax.training import check_divisible, replicate
 
 IMAGE_SHAPE = (32, 32, 1)
+NUM_CLASSES = 10
 SCHEDULES = {"linear": dj.linear_schedule, "cosine": dj.cosine_schedule}
+LOSSES = {"hybrid": dj.hybrid_loss, "bound": dj.bound_loss}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -55,9 +57,14 @@ class Config:
     target_type: TargetType = "pred_x_0"
     """What the network predicts."""
     sigma_type: SigmaType = "upper_bound"
-    """The variance of ancestral sampling."""
+    """The variance of ancestral sampling; learned goes with the losses hybrid and bound."""
     noise_schedule_type: Literal["linear", "cosine"] = "cosine"
-    loss_type: LossType = "l2"
+    loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
+    """hybrid is l2 and the variational bound of the variances, bound is the variational bound (Nichol & Dhariwal 2021)."""
+    conditional: bool = False
+    """Learn the classes, for samples of a class that is asked for."""
+    label_dropout: float = 0.1
+    """The share of examples that a conditional run sees without their class, for guidance."""
     learning_rate: float = 1e-3
     """Adam's, at the start of its cosine decay."""
     ema_decay: float = 0.0
@@ -110,10 +117,14 @@ def check(config: Config) -> None:
     require(min(config.dim_scales, default=0) >= 1, "dim_scales", config.dim_scales, "one or more numbers of at least 1")
     require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
     require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
+    require(0 <= config.label_dropout <= 1, "label_dropout", config.label_dropout, "between 0 and 1")
+    losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1")
+    require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")
 
 
 def make_network(config: Config) -> dj.UNet:
-    return dj.UNet(IMAGE_SHAPE[-1], config.embed_dim, config.dim_scales, DTYPES[config.precision])
+    classes, learned = NUM_CLASSES if config.conditional else 0, config.sigma_type == "learned"
+    return dj.UNet(IMAGE_SHAPE[-1], config.embed_dim, config.dim_scales, DTYPES[config.precision], classes, learned)
 
 
 def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
@@ -123,49 +134,78 @@ def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
     return dj.create_train_state(network.apply, params, optimizer)
 
 
-def make_step(config: Config, schedule: dj.NoiseSchedule, images: np.ndarray, key: Key[Array, ""]) -> Callable:
+def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: Key[Array, ""]) -> Callable:
     """step(state, number) -> (state, metrics), on all devices, with the data set kept on them as bytes."""
     network = make_network(config)
+    loss = LOSSES.get(config.loss_type, partial(dj.diffusion_loss, loss_type=config.loss_type))
 
-    def loss_fn(params, x_0, keys):
-        predict = partial(network.apply, {"params": params})
-        return dj.diffusion_loss(schedule, predict, x_0, keys, config.target_type, config.loss_type)
+    def loss_fn(params, batch, keys):
+        x_0, labels = batch
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), config.label_dropout))(keys)
+        labels = jnp.where(dropped, NUM_CLASSES, labels)
+        predict = lambda x_t, t: network.apply({"params": params}, x_t, t, labels)  # noqa: E731
+        return loss(schedule, predict, x_0, keys, config.target_type)
 
-    def step(state, images, indices, examples, mean_over_devices):
+    def step(state, images, labels, indices, examples, mean_over_devices):
         keys = dj.example_keys(jax.random.fold_in(key, state.step), examples)
         return dj.train_step(
-            state, to_model_input(images[indices]), keys,
+            state, (to_model_input(images[indices]), labels[indices]), keys,
             loss_fn=loss_fn, ema_decay=config.ema_decay, mean_over_devices=mean_over_devices,
         )  # fmt: skip
 
-    compiled = dj.over_devices(step, (None, None, 0, 0), None, jax.devices(), donate_argnums=(0,))
-    on_device, examples = replicate(images, jax.devices()), jnp.arange(config.batch_size)
+    compiled = dj.over_devices(step, (None, None, None, 0, 0), None, jax.devices(), donate_argnums=(0,))
+    images, labels = replicate((data.images, data.labels.astype(np.int32)), jax.devices())
+    examples = jnp.arange(config.batch_size)
     return lambda state, number: compiled(
-        state, on_device, batch_indices(config.seed, number, config.batch_size, len(images)), examples
+        state, images, labels, batch_indices(config.seed, number, config.batch_size, len(data.images)), examples
     )
 
 
-def make_sampler(config: Config, schedule: dj.NoiseSchedule, sample_fn: Callable = dj.sample) -> Callable:
-    """draw(params, table, key, first, count) -> samples first, first + 1, ... in [-1, 1], drawn on this process's devices.
+def make_denoiser(
+    config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None = None, guidance_scale: float = 1.0
+) -> dj.Denoise:
+    """The run's network as denoise(x_t, t), for images of these labels; NUM_CLASSES is the label of none in particular."""
+    network = make_network(config)
+    predict = unconditional = partial(network.apply, {"params": params})
+    if labels is not None:
+        predict = lambda x_t, t: network.apply({"params": params}, x_t, t, labels)  # noqa: E731
+    if guidance_scale != 1:
+        predict = dj.guided(predict, unconditional, guidance_scale)
+    return dj.make_denoiser(schedule, predict, config.target_type, clip=1.0)
+
+
+def make_sampler(
+    config: Config, schedule: dj.NoiseSchedule, sample_fn: Callable = dj.sample, guidance_scale: float = 1.0
+) -> Callable:
+    """draw(params, table, key, labels, first=0) -> a sample in [-1, 1] for each label, numbered from `first` on, drawn on this
+    process's devices.
 
     One program draws them whatever the sampler and its number of steps; with `sample_trajectory`, one for each number of steps.
     """
-    network, devices, whole_path = make_network(config), jax.local_devices(), sample_fn is dj.sample_trajectory
+    devices, whole_path = jax.local_devices(), sample_fn is dj.sample_trajectory
 
-    def draw(params, table, key, examples):
-        predict = partial(network.apply, {"params": params})
-        denoise = dj.make_denoiser(schedule, predict, config.target_type, clip=1.0)
+    def draw(params, table, key, examples, labels):
+        denoise = make_denoiser(config, schedule, params, labels, guidance_scale)
         return sample_fn(denoise, table, dj.example_keys(key, examples), IMAGE_SHAPE)
 
     axis = 1 if whole_path else 0
-    compiled = dj.over_devices(draw, (None, None, None, 0), axis, devices)
+    compiled = dj.over_devices(draw, (None, None, None, 0, 0), axis, devices)
 
-    def draw_samples(params: PyTree, table: dj.SamplerTable, key: Array, first: int, count: int) -> Float[np.ndarray, "..."]:
+    def draw_samples(
+        params: PyTree, table: dj.SamplerTable, key: Array, labels: np.ndarray, first: int = 0
+    ) -> Float[np.ndarray, "..."]:
         table = table if whole_path else dj.padded(table, config.num_timesteps)
-        examples = jnp.arange(first, first + math.ceil(count / len(devices)) * len(devices))
-        return np.take(compiled(params, table, key, examples), range(count), axis)
+        count = math.ceil(len(labels) / len(devices)) * len(devices)
+        labels_and_more = np.resize(labels, count).astype(np.int32)
+        drawn = compiled(params, table, key, jnp.arange(first, first + count), labels_and_more)
+        return np.take(drawn, range(len(labels)), axis)
 
     return draw_samples
+
+
+def labels_in_turn(config: Config, count: int) -> np.ndarray:
+    """0, 1, ..., 9, 0, 1, ... for a conditional run, and for another the label of none in particular."""
+    return np.arange(count) % NUM_CLASSES if config.conditional else np.full(count, NUM_CLASSES)
 
 
 def main() -> None:
@@ -184,7 +224,7 @@ def main() -> None:
             preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
             init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
             state = initial_state(config, init_key)
-        data = load_in_turn(config)
+        data = in_turn(lambda: load_dataset(config.dataset, config.data_dir))
         config = dataclasses.replace(config, dataset=data.name)
         check_same_everywhere("options and data", fingerprint(config, data))
         with failing_together():
@@ -193,19 +233,19 @@ def main() -> None:
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     if is_first_process():
         print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
-    sampler = make_sampler(config, schedule)
+    sampler, labels = make_sampler(config, schedule), labels_in_turn(config, config.num_samples)
 
     def preview(state: dj.TrainState, step: int) -> None:
         if config.sample_every and step % config.sample_every == 0 and step < config.iterations:
-            samples = sampler(state.ema_params, preview_table, sample_key, 0, config.num_samples)
+            samples = sampler(state.ema_params, preview_table, sample_key, labels)
             with failing_together():
                 if is_first_process():
                     save_grid(workdir / f"samples_{step:06d}.png", samples)
 
-    state = train_in(workdir, config, state, make_step(config, schedule, data.images, train_key), preview)
+    state = train_in(workdir, config, state, make_step(config, schedule, data, train_key), preview)
 
     draw_path = make_sampler(config, schedule, dj.sample_trajectory)
-    path = draw_path(state.ema_params, table, sample_key, 0, config.num_samples)
+    path = draw_path(state.ema_params, table, sample_key, labels)
     real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples])))
     with one_line_if_unwritable(workdir), failing_together():
         if is_first_process():
@@ -213,21 +253,10 @@ def main() -> None:
             print(f"wrote {workdir / 'figure.png'}")
 
 
-def load_in_turn(config: Config) -> ImageData:
-    """The data set; the first process, which may have to prepare it, goes before the others."""
-    data = None
-    for first in (True, False):
-        with failing_together():
-            if is_first_process() == first:
-                data = load_dataset(config.dataset, config.data_dir)
-    assert data is not None
-    return data
-
-
 def fingerprint(config: Config, data: ImageData) -> int:
     """A number that tells whether processes agree on the run that they are of."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in {"workdir", "data_dir"}}
-    return zlib.crc32(repr(options).encode() + data.images.tobytes()) >> 1
+    return zlib.crc32(repr(options).encode() + data.images.tobytes() + data.labels.tobytes()) >> 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jaxtyping import PyTree
 HEARTBEAT_SECONDS = 30
 BARRIER_SECONDS = 3600
 _BLOCKS = itertools.count()
+Result = TypeVar("Result")
 
 
 def join_processes(args: Sequence[str]) -> None:
@@ -63,6 +65,16 @@ def failing_together() -> Iterator[None]:
         raise problem
     if failed:
         raise SystemExit("error: another process of this run has stopped, and says why")
+
+
+def in_turn(fn: Callable[[], Result]) -> Result:
+    """What `fn` returns to this process; the first process, which may have something to prepare, goes before the others."""
+    result: list[Result] = []
+    for first in (True, False):
+        with failing_together():
+            if is_first_process() == first:
+                result.append(fn())
+    return result[0]
 
 
 def from_first_process(tree: PyTree) -> PyTree:

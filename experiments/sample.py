@@ -4,6 +4,7 @@ python experiments/sample.py --sampling-timesteps 50 --out samples.png
 """
 
 import dataclasses
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from beartype.door import is_bearable
 from command_line import one_line_errors, parse_command_line, require
 from figures import save_grid
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 from machine import prepare_machine
 from tqdm import tqdm
 from workdir import read_config
@@ -32,13 +33,18 @@ class Config:
     """The folder of the run."""
     checkpoint: Literal["newest", "best"] = "newest"
     """The best is the one that the lowest training loss led to."""
-    num_samples: int = 64
+    num_samples: int | None = None
+    """By default 64, or one for each label."""
+    labels: tuple[int, ...] = ()
+    """The classes to draw, in turn, from a run with --conditional; by default all of them."""
+    guidance_scale: float = 1.0
+    """How much a sample keeps to its class, where 1 is what the network has learned, and more is truer and less varied."""
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default all T of the run."""
     sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"
     """Ancestral sampling has the variance that the run was configured with; dpm_solver is DPM-Solver++(2M)."""
     eta: float = 0.0
-    """For ddim: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
+    """For ddim and dpm_solver: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
     seed: int = 0
     out: str = "samples.png"
     """A .png is a grid, a .npy is float32 [N, 32, 32, 1] in [-1, 1]."""
@@ -49,16 +55,24 @@ def main() -> None:
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
         out = Path(config.out)
-        require(config.num_samples >= 1, "num_samples", config.num_samples, "at least 1")
+        count = (len(config.labels) or 64) if config.num_samples is None else config.num_samples
+        require(count >= 1, "num_samples", config.num_samples, "at least 1")
+        for label in config.labels:
+            require(0 <= label < mnist.NUM_CLASSES, "labels", label, f"between 0 and {mnist.NUM_CLASSES - 1}")
         require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
         require(out.suffix in (".png", ".npy"), "out", out, "a file that ends in .png or .npy")
         require(out.parent.is_dir(), "out", out, "in a folder that exists")
         run = run_config(config.workdir)
+        check_guidance(run, config.guidance_scale)
+        require(
+            run.conditional or not config.labels, "labels", config.labels, f"left out: {config.workdir} is not --conditional"
+        )
         schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
         table = sampler_table(config, run, schedule)
         state = restored(run, config.workdir, config.checkpoint)
 
-    samples = draw_all(run, schedule, state, table, jax.random.key(config.seed), config.num_samples)
+    labels = np.resize(config.labels, count) if config.labels else mnist.labels_in_turn(run, count)
+    samples = draw_all(run, schedule, state, table, jax.random.key(config.seed), labels, config.guidance_scale)
     with one_line_errors():
         save_grid(out, samples) if out.suffix == ".png" else np.save(out, samples)
     print(f"wrote {out}: {len(samples)} samples at step {int(state.step)} of {run.iterations}", file=sys.stderr)
@@ -66,22 +80,36 @@ def main() -> None:
 
 def sampler_table(config: Any, run: mnist.Config, schedule: dj.NoiseSchedule) -> dj.SamplerTable:
     """The table of `config`'s sampler, eta and sampling_timesteps, for a run."""
-    require(config.sampler == "ddim" or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim")
+    require(config.sampler != "ancestral" or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim or dpm_solver")
     tables = {
         "ancestral": partial(dj.ancestral_table, sigma_type=run.sigma_type),
         "ddim": partial(dj.ddim_table, eta=config.eta),
-        "dpm_solver": dj.dpm_solver_table,
+        "dpm_solver": partial(dj.dpm_solver_table, eta=config.eta),
     }
     return tables[config.sampler](schedule, sampling_timesteps=config.sampling_timesteps)
 
 
+def check_guidance(run: mnist.Config, scale: float) -> None:
+    require(0 <= scale < math.inf, "guidance_scale", scale, "at least 0 and finite")
+    require(run.conditional or scale == 1, "guidance_scale", scale, "1 unless the run is --conditional")
+
+
 def draw_all(
-    run: mnist.Config, schedule: dj.NoiseSchedule, state: dj.TrainState, table: dj.SamplerTable, key: Key[Array, ""], count: int
+    run: mnist.Config,
+    schedule: dj.NoiseSchedule,
+    state: dj.TrainState,
+    table: dj.SamplerTable,
+    key: Key[Array, ""],
+    labels: Int[np.ndarray, " count"],
+    guidance_scale: float = 1.0,
 ) -> Float[np.ndarray, "count 32 32 1"]:
-    """Samples 0, 1, ... of the run's averaged parameters, a batch at a time."""
-    draw, batch = mnist.make_sampler(run, schedule), min(BATCH, count)
+    """A sample for each label, of the run's averaged parameters, a batch at a time."""
+    draw, count = mnist.make_sampler(run, schedule, guidance_scale=guidance_scale), len(labels)
+    batch = min(BATCH, count)
+    labels = np.resize(labels, math.ceil(count / batch) * batch)
     firsts = tqdm(range(0, count, batch), "samples", unit="batch", disable=count <= batch)
-    return np.concatenate([draw(state.ema_params, table, key, first, batch) for first in firsts])[:count]
+    samples = [draw(state.ema_params, table, key, labels[first : first + batch], first) for first in firsts]
+    return np.concatenate(samples)[:count]
 
 
 def run_config(workdir: str) -> mnist.Config:

@@ -19,7 +19,7 @@ SIGMA = np.array([[0.9, 0.5], [0.5, 0.6]])
 SAMPLERS = {
     **{name: partial(dj.ancestral_table, sigma_type=name) for name in ("upper_bound", "lower_bound", "zero")},
     **{f"ddim {eta}": partial(dj.ddim_table, eta=eta) for eta in (0.0, 0.5, 1.0)},
-    "dpm solver": dj.dpm_solver_table,
+    **{f"dpm solver {eta}": partial(dj.dpm_solver_table, eta=eta) for eta in (0.0, 1.0)},
 }
 EVERY_SAMPLER = pytest.mark.parametrize("name", SAMPLERS)
 EVERY_LENGTH = pytest.mark.parametrize("S", [3, 10, 50, 500])
@@ -41,7 +41,7 @@ def moments_by_table(table: dj.SamplerTable, schedule: dj.NoiseSchedule) -> tupl
     """Mean and covariance of x_0 by eq. 11 with the implementation's coefficients, over the state (x_t, x_0_hat_before)."""
     I, O = np.eye(2), np.zeros((2, 2))  # noqa: E741
     mean, covariance = np.zeros(4), np.block([[I, O], [O, O]])
-    for t, a, b, c, d in zip(*table, strict=True):
+    for t, a, b, c, d, _ in zip(*table, strict=True):
         G, g = linear_denoiser(schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t])
         M = np.block([[a * I + b * G, d * I], [G, O]])
         mean = M @ mean + np.concatenate([b * g, g])
@@ -61,7 +61,8 @@ def moments_by_hand(name: str, schedule: str, S: int) -> tuple[np.ndarray, np.nd
     """The same without the implementation: along each principal axis, where data are N(m, v), one number at a time.
 
     Ancestral steps combine two Gaussian messages about x_s, from x_0_hat and from x_t, by adding their precisions; DDIM steps
-    are Song et al.'s eqs. 12 and 16 in eps_hat; DPM-Solver++(2M) steps are Lu et al.'s algorithm 2 in lambda, h and r.
+    are Song et al.'s eqs. 12 and 16 in eps_hat; DPM-Solver++(2M) steps are Lu et al.'s algorithm 2 in lambda, h and r, at
+    eta = 1 in its SDE form, where x_0_hat's e^-h is e^-2h, and what e^-2h takes from the noise comes back fresh.
     """
     logs = log_alpha_bar_by_hand(schedule)
     times = [round(T * i / S) for i in range(S, -1, -1)]
@@ -78,12 +79,13 @@ def moments_by_hand(name: str, schedule: str, S: int) -> tuple[np.ndarray, np.nd
             on_before = 0.0
             if s == 0:
                 on_x_t, on_x_0_hat, added = 0.0, 1.0, 0.0
-            elif name == "dpm solver":
+            elif name.startswith("dpm solver"):
                 h = 0.5 * (logs[s] - math.log(noise_s) - logs[t] + math.log(noise_t))
                 r = h_before / h if h_before else math.inf
-                on_x_t, added = math.sqrt(noise_s / noise_t), 0.0
-                on_x_0_hat = -signal_s * math.expm1(-h) * (1 + 1 / (2 * r))
-                on_before, h_before = signal_s * math.expm1(-h) / (2 * r), h
+                eta = float(name.split()[-1])
+                on_x_t, added = math.sqrt(noise_s / noise_t) * math.exp(-eta * h), -noise_s * math.expm1(-2 * eta * h)
+                on_x_0_hat = -signal_s * math.expm1(-(1 + eta) * h) * (1 + 1 / (2 * r))
+                on_before, h_before = signal_s * math.expm1(-(1 + eta) * h) / (2 * r), h
             elif name.startswith("ddim"):
                 sigma_2 = float(name.split()[1]) ** 2 * noise_s / noise_t * step_noise
                 on_eps_hat = math.sqrt(max(noise_s - sigma_2, 0))
@@ -125,7 +127,7 @@ def test_one_coefficient_off_by_two_percent_is_seen(name, row):
 
 
 @EVERY_SCHEDULE
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("zero", "dpm solver")])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "zero" and "dpm" not in name])
 def test_all_the_steps_recover_the_data(name, schedule):
     """The error of a sampler that is right falls as 1 / S, so at S = T = 500 it is small (DPM-Solver++'s falls faster)."""
     covariances = [moments_by_table(*table_and_schedule(name, schedule, S))[1] for S in (50, 500)]

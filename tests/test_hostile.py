@@ -66,7 +66,7 @@ WRONG = {
     "a table of betas": (lambda: dj.schedule_from_beta([[0.1]]), r"beta must be a vector"),
     "no betas": (lambda: dj.schedule_from_beta([]), r"beta must be a vector of at least one"),
     "no sampling steps": (lambda: dj.ddim_table(SCHEDULE, sampling_timesteps=0), r"between 1 and num_timesteps = 10, got 0"),
-    "too many of them": (lambda: dj.dpm_solver_table(SCHEDULE, 11), r"between 1 and num_timesteps = 10, got 11"),
+    "too many of them": (lambda: dj.dpm_solver_table(SCHEDULE, 0.0, 11), r"between 1 and num_timesteps = 10, got 11"),
     "half of one": (lambda: strided_timesteps(10, 2.5), r"between 1 and num_timesteps = 10, got 2.5"),
     "an eta that is no number": (lambda: dj.ddim_table(SCHEDULE, np.nan), r"eta must be between 0 and 1, got nan"),
     "a table cut short": (lambda: dj.padded(dj.ddim_table(SCHEDULE), 3), r"num_steps must be at least the table's 10"),
@@ -118,7 +118,7 @@ def test_one_timestep_is_enough(make):
         dj.ancestral_table(schedule),
         dj.ddim_table(schedule),
         dj.ddim_table(schedule, 1.0),
-        dj.dpm_solver_table(schedule, 1),
+        dj.dpm_solver_table(schedule),
     ]
     for table in tables:
         x = dj.sample(lambda x_t, t: jnp.full_like(x_t, 3.0), table, KEYS, (2,))
@@ -131,7 +131,7 @@ def test_data_of_any_shape_and_empty_batches(shape):
     for keys in (KEYS, KEYS[:0]):
         x = jnp.ones((len(keys), *shape))
         assert dj.diffusion_loss(SCHEDULE, same, x, keys).shape == x.shape
-        assert dj.sample(same, dj.dpm_solver_table(SCHEDULE, 3), keys, shape).shape == x.shape
+        assert dj.sample(same, dj.dpm_solver_table(SCHEDULE, 0.0, 3), keys, shape).shape == x.shape
         assert dj.sample_trajectory(same, dj.ddim_table(SCHEDULE, 1.0, 3), keys, shape).shape == (4, *x.shape)
 
 

@@ -24,7 +24,7 @@ def imported_modules(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("module", ["schedules", "diffusion", "sampling"])
+@pytest.mark.parametrize("module", ["schedules", "diffusion", "sampling", "likelihood", "editing"])
 def test_the_mathematics_knows_no_network_optimizer_checkpoint_or_data_set(module):
     forbidden = ("flax", "optax", "orbax", "tensorflow")
     assert not [name for name in imported_modules(PACKAGE / f"{module}.py") if name.startswith(forbidden)]

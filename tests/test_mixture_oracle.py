@@ -17,6 +17,7 @@ SAMPLERS = {
     "ddim 0": dj.ddim_table,
     "ddim 0.5": partial(dj.ddim_table, eta=0.5),
     "dpm solver": dj.dpm_solver_table,
+    "dpm solver sde": partial(dj.dpm_solver_table, eta=1.0),
 }
 BINS, DRAWS, LEVEL = 20, 200_000, 1e-4
 CRITICAL = scipy.stats.chi2.isf(LEVEL, BINS - 1)

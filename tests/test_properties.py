@@ -140,11 +140,11 @@ def test_conversions_undo_each_other_wherever_they_are_defined(schedule, one, ot
     np.testing.assert_allclose(back, values[one], atol=10 * lost)
 
 
-@given(SCHEDULES, st.sampled_from(["upper_bound", "lower_bound", "zero", 0.0, 0.3, 1.0, "dpm"]), st.data())
+@given(SCHEDULES, st.sampled_from(["upper_bound", "lower_bound", "zero", "learned", 0.0, 0.3, 1.0, "dpm"]), st.data())
 def test_every_sampler_table_is_finite_and_ends_at_x_0_hat(schedule, kind, data):
     S = data.draw(st.integers(1, schedule.num_timesteps))
     if kind == "dpm":
-        table = dj.dpm_solver_table(schedule, S)
+        table = dj.dpm_solver_table(schedule, data.draw(st.sampled_from([0.0, 0.5, 1.0])), S)
     else:
         table = dj.ancestral_table(schedule, kind, S) if isinstance(kind, str) else dj.ddim_table(schedule, kind, S)
     assert all(len(column) == S and np.all(np.isfinite(column)) for column in table)

@@ -14,9 +14,10 @@ TABLES = [
         for sigma in ("upper_bound", "lower_bound", "zero")
     ),
     *(lambda schedule, S, eta=eta: dj.ddim_table(schedule, eta, S) for eta in (0.0, 0.5, 1.0)),
-    dj.dpm_solver_table,
+    *(lambda schedule, S, eta=eta: dj.dpm_solver_table(schedule, eta, S) for eta in (0.0, 1.0)),
 ]
-EVERY_TABLE = pytest.mark.parametrize("make_table", TABLES, ids=["upper", "lower", "zero", "ddim0", "ddim.5", "ddim1", "dpm"])
+NAMES = ["upper", "lower", "zero", "ddim0", "ddim.5", "ddim1", "dpm", "dpm sde"]
+EVERY_TABLE = pytest.mark.parametrize("make_table", TABLES, ids=NAMES)
 STEPS = pytest.mark.parametrize("S", [1, 3, 7, 10])
 
 
@@ -49,10 +50,13 @@ def test_tables_by_hand():
     for sigma_type, variance in (("upper_bound", 0.5), ("lower_bound", w), ("zero", 0)):
         table = dj.ancestral_table(schedule, sigma_type)
         np.testing.assert_array_equal(table.t, [2, 1])
-        np.testing.assert_allclose(np.stack(table[1:]), [[k, 0], [m, 1], [variance**0.5, 0], [0, 0]], atol=1e-15)
+        np.testing.assert_allclose(np.stack(table[1:]), [[k, 0], [m, 1], [variance**0.5, 0], [0, 0], [0, 0]], atol=1e-15)
     table = dj.ddim_table(schedule)
     a = 0.6 / 0.68**0.5
-    np.testing.assert_allclose(np.stack(table[1:]), [[a, 0], [0.8 - a * 0.32**0.5, 1], [0, 0], [0, 0]], atol=1e-15)
+    np.testing.assert_allclose(np.stack(table[1:]), [[a, 0], [0.8 - a * 0.32**0.5, 1], [0, 0], [0, 0], [0, 0]], atol=1e-15)
+    table = dj.ancestral_table(schedule, "learned")  # from the lower bound to the upper
+    np.testing.assert_allclose(table.c, [w**0.5, 0], atol=1e-15)
+    np.testing.assert_allclose(table.c * np.exp(table.r), [0.5**0.5, 0], atol=1e-15)
 
 
 def test_dpm_solver_by_hand():
@@ -68,7 +72,7 @@ def test_dpm_solver_by_hand():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @STEPS
-@pytest.mark.parametrize("make_table", [TABLES[1], *TABLES[3:]], ids=["lower", "ddim0", "ddim.5", "ddim1", "dpm"])
+@pytest.mark.parametrize("make_table", [TABLES[1], *TABLES[3:]], ids=[NAMES[1], *NAMES[3:]])
 def test_steps_that_know_x_0_keep_the_forward_marginals(schedule, S, make_table):
     """If x_0 is a known point, q(x_t | x_0) must go to q(x_s | x_0) (Song et al. 2021, lemma 1)."""
     table, times = make_table(schedule, S), strided_timesteps(schedule.num_timesteps, S)
@@ -145,7 +149,7 @@ def test_each_step_is_eq_11_with_fresh_noise(keys, make_table):
 
 def test_a_denoiser_in_half_precision_gives_float32_samples(keys):
     denoise = lambda x_t, t: (0.5 * x_t).astype(jnp.bfloat16)  # noqa: E731
-    assert dj.sample(denoise, dj.dpm_solver_table(SCHEDULES[2], 3), keys, (2,)).dtype == jnp.float32
+    assert dj.sample(denoise, dj.dpm_solver_table(SCHEDULES[2], 0.0, 3), keys, (2,)).dtype == jnp.float32
 
 
 def test_a_sample_depends_on_its_key_alone(keys):
@@ -188,5 +192,5 @@ def test_eta_outside_0_to_1_is_named(eta):
 
 
 def test_an_unknown_sigma_type_is_named():
-    with pytest.raises(ValueError, match="sigma_type must be one of upper_bound, lower_bound, zero; got 'beta'"):
+    with pytest.raises(ValueError, match="sigma_type must be one of upper_bound, lower_bound, zero, learned; got 'beta'"):
         dj.ancestral_table(SCHEDULES[0], "beta")

@@ -1,0 +1,103 @@
+"""What a trained network can be asked for beyond a sample: a class, a part that is given, a likeness, a way between two images.
+
+Nothing here has a loop of its own. A class and a given part wrap the network's callable; a likeness, a way back to the noise
+and more rounds around a given part are tables for `sample` and `sample_trajectory` (eq. 11).
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from diffusion_jax.diffusion import Denoise, Predict, with_fraction
+from diffusion_jax.sampling import SamplerTable, strided_timesteps
+from diffusion_jax.schedules import NoiseSchedule
+
+
+def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predict:
+    """Classifier-free guidance: u + scale (c - u), of what the two networks predict [Ho & Salimans 2022, eq. 6, 1 + w = scale].
+
+    1 is the conditional network, more is truer to the condition and less varied. It is the same for each target type, since
+    eqs. 6-8 are affine. A learned variance is the conditional network's. Raises ValueError unless the scale is at least 0.
+    """
+    if not scale >= 0:
+        raise ValueError(f"the guidance scale must be at least 0, got {scale}")
+
+    def predict(x_t, t):
+        output, (without, _) = conditional(x_t, t), with_fraction(unconditional(x_t, t))
+        prediction = without + scale * (with_fraction(output)[0] - without)
+        return (prediction, output[1]) if isinstance(output, tuple) else prediction
+
+    return predict
+
+
+def inpainting(denoise: Denoise, known: Float[Array, "B *shape"], mask: Bool[Array, "#B *#shape"]) -> Denoise:
+    """The denoiser that knows `known` where `mask` is true: x_0_hat is replaced there.
+
+    Ancestral and DDIM steps then take the known part along the forward process' own path between the noise and the data, which
+    is the replacement method of Song et al. (2021, app. I.2), and end at it exactly. `resampled` lets the rest agree with it.
+    """
+
+    def replaced(x_t, t):
+        output = denoise(x_t, t)
+        x_0_hat = jnp.where(mask, known, with_fraction(output)[0])
+        return (x_0_hat, output[1]) if isinstance(output, tuple) else x_0_hat
+
+    return replaced
+
+
+def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> SamplerTable:
+    """Each step but the last taken `times` times, with the noise of the step put back in between [Lugmayr et al. 2022, alg. 1].
+
+    A step from t to s and the forward process back to t (eq. 1) are together affine, from t to t, so a round is a row and costs
+    one network call. Raises ValueError unless `times` is at least 1 and the table's steps need no x_0_hat before them.
+    """
+    if not times >= 1:
+        raise ValueError(f"each step must be taken at least once, got {times}")
+    if np.any(table.d):
+        raise ValueError("steps that use the x_0_hat before them cannot be taken again: use an ancestral or DDIM table")
+    s = np.append(table.t[1:], 0)
+    up = schedule.sqrt_alpha_bar[table.t] / schedule.sqrt_alpha_bar[s]
+    rounds = table._replace(a=up * table.a, b=up * table.b, c=np.sqrt(1 - up**2 + (up * table.c) ** 2), r=np.zeros_like(up))
+    counts = np.full(len(s), times)
+    counts[-1] = 1
+    first = np.cumsum(counts) - counts
+    rows = SamplerTable(*(np.repeat(column, counts) for column in rounds))
+    last = first + counts - 1
+    for column, step in zip(rows, table, strict=True):
+        column[last] = step
+    return rows
+
+
+def part_way(table: SamplerTable, t: int) -> SamplerTable:
+    """The rows of a table from the first that leaves a timestep of at most t: what is left to do for an x_t noised to there.
+
+    Raises ValueError if there is none, as for t < 1.
+    """
+    rest = SamplerTable(*(column[table.t <= t].copy() for column in table))
+    if len(rest.t) == 0:
+        raise ValueError(f"the table must have a step from t = {t} or below, and its last is from {table.t[-1]}")
+    rest.b[0] += rest.d[0]  # there is no x_0_hat before the first step
+    rest.d[0] = 0
+    return rest
+
+
+def encoding_table(schedule: NoiseSchedule, sampling_timesteps: int | None = None) -> SamplerTable:
+    """DDIM's steps upwards, from an image to the noise that DDIM at eta = 0 takes to it [Song et al. 2021, sec. 4.3].
+
+    Begin at the image (`start=`); what comes out is x_T. The first step takes the image for an x_t at the lowest t above 0. The
+    way there and back is exact in the limit of many steps only.
+    """
+    times = strided_timesteps(schedule.num_timesteps, sampling_timesteps)[::-1]
+    a_t, s_t = (column[times] for column in (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar))
+    t = np.concatenate([times[1:2], times[1:-1]])  # where each step asks the network; eps_hat is of there
+    a_hat, s_hat = schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t]
+    on_eps = s_t[1:] - a_t[1:] / a_t[:-1] * s_t[:-1]  # x_s = (a_s / a_t) x_t + on_eps eps_hat
+    zero = np.zeros(len(t))
+    return SamplerTable(t, a_t[1:] / a_t[:-1] + on_eps / s_hat, -on_eps * a_hat / s_hat, zero, zero, zero)
+
+
+def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: Float[Array, "#times ..."]) -> Float[Array, "..."]:
+    """The points `share` (0 to 1) of the way from x to y along a great circle, as far from 0 as noise is [Shoemake 1985]."""
+    cosine = jnp.sum(x * y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))
+    angle = jnp.arccos(jnp.clip(cosine, -1 + 1e-6, 1 - 1e-6))
+    return (jnp.sin((1 - share) * angle) * x + jnp.sin(share * angle) * y) / jnp.sin(angle)

@@ -1,0 +1,85 @@
+"""Frechet distance against the number of network calls, for every sampler, of a run of experiments/mnist.py.
+
+python experiments/compare_samplers.py --workdir runs/mnist --calls 5 10 20 50
+"""
+
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import mnist
+import numpy as np
+from classifier import trained_classifier
+from command_line import one_line_errors, parse_command_line, require
+from figures import save_curves
+from judge import to_bytes
+from machine import prepare_machine
+from sample import draw_all, restored, run_config
+from workdir import one_line_if_unwritable
+
+import diffusion_jax as dj
+from diffusion_jax.data import load_dataset
+from diffusion_jax.evaluation import frechet_distance
+
+SAMPLERS = {
+    "ancestral, upper bound": dj.ancestral_table,
+    "ancestral, lower bound": partial(dj.ancestral_table, sigma_type="lower_bound"),
+    "DDIM": dj.ddim_table,
+    "DPM-Solver++(2M)": dj.dpm_solver_table,
+    "SDE-DPM-Solver++(2M)": partial(dj.dpm_solver_table, eta=1.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    workdir: str = "runs/mnist"
+    """The folder of the run; samplers.json and samplers.png are written there."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    data_dir: str | None = None
+    num_samples: int = 2000
+    """N, of generated and of training images alike."""
+    calls: tuple[int, ...] = (5, 10, 20, 50)
+    all_steps: bool = False
+    """Ancestral sampling of the upper bound with all T steps as well."""
+    seed: int = 0
+
+
+def main() -> None:
+    prepare_machine()
+    with one_line_errors():
+        config = parse_command_line(Config(), __doc__)
+        require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
+        require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
+        run = run_config(config.workdir)
+        schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
+        tables = {
+            (name, calls): make(schedule, sampling_timesteps=calls) for calls in config.calls for name, make in SAMPLERS.items()
+        }
+        if config.all_steps:
+            tables["ancestral, upper bound", run.num_timesteps] = dj.ancestral_table(schedule)
+        train, test = (load_dataset(run.dataset, config.data_dir, split) for split in ("train", "test"))
+        state = restored(run, config.workdir, config.checkpoint)
+        classify, _ = trained_classifier(train, test)
+
+    count = min(config.num_samples, len(train.images), len(test.images))
+    chosen = np.random.default_rng(config.seed).permutation(len(train.images))[:count]
+    real, labels = classify(train.images[chosen])[0], mnist.labels_in_turn(run, count)
+    floor, distances = frechet_distance(real, classify(test.images[:count])[0]), {}
+    print(f"| sampler | calls | Frechet distance, {count} images |\n|---|---|---|\n| test images | | {floor:.3g} |")
+    for (name, calls), table in tables.items():
+        samples = draw_all(run, schedule, state, table, jax.random.key(config.seed), labels)
+        distances.setdefault(name, {})[calls] = distance = frechet_distance(real, classify(to_bytes(samples))[0])
+        print(f"| {name} | {calls} | {distance:.3g} |", flush=True)
+    with one_line_if_unwritable(Path(config.workdir)):
+        results = {"images": count, "seed": config.seed, "step": int(state.step), "test": floor, "distances": distances}
+        (Path(config.workdir) / "samplers.json").write_text(json.dumps(results, indent=2) + "\n")
+        save_curves(Path(config.workdir) / "samplers.png", distances, floor)
+    print(f"wrote {config.workdir}/samplers.json and samplers.png", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

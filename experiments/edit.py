@@ -1,0 +1,117 @@
+"""Change images of the test split with a run of experiments/mnist.py: a row for each image, what was done from left to right.
+
+python experiments/edit.py --what inpaint          # the image, what is given of it, and four ways to go on
+python experiments/edit.py --what interpolate      # from one image to another, through the noise that each comes from
+python experiments/edit.py --what image-to-image   # the image, and what becomes of it after more and more noise
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import mnist
+import numpy as np
+from command_line import one_line_errors, parse_command_line, require
+from figures import save_rows
+from jaxtyping import Array, Float, PyTree
+from machine import prepare_machine
+from sample import restored, run_config
+
+import diffusion_jax as dj
+from diffusion_jax.data import load_dataset, to_model_input
+
+ROUNDS, WAYS = 4, 4
+SHARES = np.linspace(0, 1, 9)
+NOISE = (0.2, 0.4, 0.6, 0.8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    what: Literal["inpaint", "interpolate", "image-to-image"] = "inpaint"
+    workdir: str = "runs/mnist"
+    """The folder of the run."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    data_dir: str | None = None
+    num_images: int = 6
+    sampling_timesteps: int | None = None
+    """Steps from noise to image; by default 100, or all T of the run if they are fewer."""
+    seed: int = 0
+    out: str | None = None
+    """A .png; by default named after what is done."""
+
+
+def main() -> None:
+    prepare_machine()
+    with one_line_errors():
+        config = parse_command_line(Config(), __doc__)
+        out = Path(config.out or f"{config.what}.png")
+        require(config.num_images >= 1, "num_images", config.num_images, "at least 1")
+        require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
+        require(out.suffix == ".png" and out.parent.is_dir(), "out", out, "a .png in a folder that exists")
+        run = run_config(config.workdir)
+        schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
+        steps = min(100, run.num_timesteps) if config.sampling_timesteps is None else config.sampling_timesteps
+        table = dj.ddim_table(schedule, 0.0 if config.what == "interpolate" else 1.0, steps)
+        images = load_dataset(run.dataset, config.data_dir, "test").images[: config.num_images + 1]
+        state = restored(run, config.workdir, config.checkpoint)
+
+    x_0, key = to_model_input(jnp.asarray(images)), jax.random.key(config.seed)
+    edit = {"inpaint": inpaint, "interpolate": interpolate, "image-to-image": image_to_image}[config.what]
+    columns = edit(make_draw(run, schedule, state.ema_params, key), schedule, table, x_0, key)
+    with one_line_errors():
+        save_rows(out, [np.asarray(column)[: config.num_images] for column in columns])
+    print(f"wrote {out}", file=sys.stderr)
+
+
+def make_draw(run: mnist.Config, schedule: dj.NoiseSchedule, params: PyTree, key: Array) -> Callable:
+    """draw(table, count, start=None, known=0, given=False) -> images, from noise or from `start`, and `known` where `given`."""
+
+    @jax.jit
+    def compiled(params, table, keys, start, known, given):
+        denoise = dj.inpainting(mnist.make_denoiser(run, schedule, params), known, given)
+        return dj.sample(denoise, table, keys, mnist.IMAGE_SHAPE, start)
+
+    def draw(table: dj.SamplerTable, count: int, start: Array | None = None, known: Any = 0.0, given: Any = False) -> Array:
+        table = dj.padded(table, ROUNDS * run.num_timesteps)
+        return compiled(params, table, dj.example_keys(key, jnp.arange(count)), start, known, given)
+
+    return draw
+
+
+def inpaint(
+    draw: Callable, schedule: dj.NoiseSchedule, table: dj.SamplerTable, x_0: Float[Array, "B H W C"], key: Array
+) -> list[Array]:
+    """The left half is given."""
+    given = (jnp.arange(x_0.shape[2]) < x_0.shape[2] // 2)[None, None, :, None]
+    table, ways = dj.resampled(schedule, table, ROUNDS), jnp.tile(x_0, (WAYS, 1, 1, 1))
+    return [x_0, jnp.where(given, x_0, -0.5), *jnp.split(draw(table, len(ways), None, ways, given), WAYS)]
+
+
+def interpolate(
+    draw: Callable, schedule: dj.NoiseSchedule, table: dj.SamplerTable, x_0: Float[Array, "B H W C"], key: Array
+) -> list[Array]:
+    """Each image and the next, as noise; points between them on the sphere; and these as images."""
+    noise = draw(dj.encoding_table(schedule, len(table.t)), len(x_0), x_0)
+    pairs = list(zip(noise, jnp.roll(noise, -1, 0), strict=True))
+    between = jnp.concatenate([jnp.stack([dj.spherical(x, y, share) for x, y in pairs]) for share in SHARES])
+    return [x_0, *jnp.split(draw(table, len(between), between), len(SHARES)), jnp.roll(x_0, -1, 0)]
+
+
+def image_to_image(
+    draw: Callable, schedule: dj.NoiseSchedule, table: dj.SamplerTable, x_0: Float[Array, "B H W C"], key: Array
+) -> list[Array]:
+    """The image noised to a share of the timesteps, and denoised from there."""
+    columns, eps = [x_0], jax.random.normal(key, x_0.shape)
+    for share in NOISE:
+        rest = dj.part_way(table, round(share * schedule.num_timesteps))
+        x_t = dj.q_sample(schedule, x_0, jnp.full(len(x_0), rest.t[0]), eps)
+        columns.append(draw(rest, len(x_0), x_t))
+    return columns
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffusion_jax as dj
+
+T = 60
+SCHEDULE = dj.cosine_schedule(T)
+MEAN, COVARIANCE = np.array([0.3, -0.2]), np.array([[0.8, 0.5], [0.5, 0.6]])
+A, S = (jnp.asarray(column, jnp.float32) for column in (SCHEDULE.sqrt_alpha_bar, SCHEDULE.sqrt_one_minus_alpha_bar))
+GAINS = jnp.stack([a * COVARIANCE @ np.linalg.inv(a**2 * COVARIANCE + s**2 * np.eye(2)) for a, s in zip(A, S, strict=True)])
+
+
+def best_denoise(x_t, t):
+    """E[x_0 | x_t] for data N(MEAN, COVARIANCE), as [B, N, 2]."""
+    return MEAN + jnp.einsum("bij,bnj->bni", GAINS[t], x_t - A[t][:, None, None] * MEAN)
+
+
+def draw(denoise, table, start=None, points=4000):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return np.asarray(jax.jit(lambda start: dj.sample(denoise, table, keys, (points, 2), start))(start))
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(0.0, [3.0, 5.0]), (1.0, [4.0, 7.0]), (3.0, [6.0, 11.0])])
+def test_guidance_goes_from_without_a_class_to_with_it_and_beyond(scale, expected):
+    network = dj.guided(lambda x, t: jnp.array([[4.0, 7.0]]), lambda x, t: jnp.array([[3.0, 5.0]]), scale)
+    np.testing.assert_allclose(network(jnp.zeros((1, 2)), jnp.ones(1, int)), [expected])
+
+
+def test_guidance_is_the_same_for_every_target_and_keeps_the_variance_of_the_class():
+    x_t, t = jnp.array([[0.4, -1.0]]), jnp.array([20])
+    of_class, of_none = jnp.array([[0.5, 0.1]]), jnp.array([[-0.3, 0.2]])
+    results = []
+    for target_type in ("pred_x_0", "pred_eps", "pred_v"):
+        say = lambda x_0, f, kind=target_type: lambda x, t: (dj.convert(SCHEDULE, x_0, x, t, "pred_x_0", kind), f)  # noqa: E731
+        x_0_hat, f = dj.make_denoiser(SCHEDULE, dj.guided(say(of_class, 0.7), say(of_none, 0.1), 2.5), target_type)(x_t, t)
+        assert f == 0.7
+        results.append(x_0_hat)
+    np.testing.assert_allclose(results, [of_none + 2.5 * (of_class - of_none)] * 3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan")])
+def test_a_negative_guidance_scale_is_named(scale):
+    with pytest.raises(ValueError, match=f"guidance scale must be at least 0, got {scale}"):
+        dj.guided(lambda x, t: x, lambda x, t: x, scale)
+
+
+def test_rounds_of_inpainting_lead_to_the_law_of_the_rest_given_what_is_known():
+    """x_2 given x_1 = 1.5 is normal, with a mean and a variance known from the data's."""
+    given, known = jnp.array([[[True, False]]]), jnp.array([1.5, 99.0])
+    gain = COVARIANCE[0, 1] / COVARIANCE[0, 0]
+    mean, variance = MEAN[1] + gain * (1.5 - MEAN[0]), COVARIANCE[1, 1] - gain * COVARIANCE[0, 1]
+    errors = []
+    for times in (1, 12):
+        table = dj.resampled(SCHEDULE, dj.ddim_table(SCHEDULE, 1.0), times)
+        x = draw(dj.inpainting(best_denoise, known, given), table).reshape(-1, 2)
+        np.testing.assert_array_equal(x[:, 0], np.float32(1.5))
+        errors.append([abs(x[:, 1].mean() - mean), abs(x[:, 1].var() - variance)])
+    assert errors[0][0] > 0.05  # replacement alone is biased
+    assert errors[1][0] < 0.02
+    assert errors[1][1] < 0.03
+
+
+@pytest.mark.parametrize("make", [lambda: dj.ddim_table(SCHEDULE, 1.0, 7), lambda: dj.ddim_table(SCHEDULE, 0.0, 7)])
+def test_a_round_keeps_the_forward_marginal(make):
+    """A round goes from t to t, so if x_0 is a known point, from q(x_t | x_0) to q(x_t | x_0)."""
+    table = dj.resampled(SCHEDULE, make(), 3)
+    assert list(table.t) == [t for t in make().t[:-1] for _ in range(3)] + [make().t[-1]]
+    rounds = np.arange(len(table.t)) % 3 != 2
+    rounds[-1] = False
+    a, b, c, alpha_bar = table.a[rounds], table.b[rounds], table.c[rounds], SCHEDULE.alpha_bar[table.t[rounds]]
+    np.testing.assert_allclose(a * alpha_bar**0.5 + b, alpha_bar**0.5, rtol=1e-12)
+    np.testing.assert_allclose(a**2 * (1 - alpha_bar) + c**2, 1 - alpha_bar, rtol=1e-9)
+    np.testing.assert_array_equal(np.stack(table)[:, ~rounds], np.stack(make()))
+
+
+def test_what_cannot_be_resampled_or_started_is_named():
+    with pytest.raises(ValueError, match="at least once, got 0"):
+        dj.resampled(SCHEDULE, dj.ddim_table(SCHEDULE), 0)
+    with pytest.raises(ValueError, match="ancestral or DDIM"):
+        dj.resampled(SCHEDULE, dj.dpm_solver_table(SCHEDULE), 2)
+    with pytest.raises(ValueError, match="from t = 0 or below, and its last is from 1"):
+        dj.part_way(dj.ddim_table(SCHEDULE), 0)
+    with pytest.raises(ValueError, match=r"start must have the shape \(2, 3\), got \(2, 1\)"):
+        dj.sample(lambda x, t: x, dj.ddim_table(SCHEDULE), jax.random.split(jax.random.key(0)), (3,), jnp.zeros((2, 1)))
+
+
+def test_the_rest_of_a_walk_goes_on_where_the_whole_walk_was():
+    keys = jax.random.split(jax.random.key(0), 3)
+    denoise, table = lambda x_t, t: jnp.tanh(x_t), dj.ddim_table(SCHEDULE, 0.0, 6)
+    path = dj.sample_trajectory(denoise, table, keys, (2,))
+    rest = dj.part_way(table, 40)
+    assert list(rest.t) == [40, 30, 20, 10]
+    np.testing.assert_allclose(dj.sample(denoise, rest, keys, (2,), path[4]), path[0], atol=1e-6)
+    np.testing.assert_allclose(dj.sample_trajectory(denoise, rest, keys, (2,), path[4]), path[:5], atol=1e-6)
+    solver = dj.part_way(dj.dpm_solver_table(SCHEDULE, 0.0, 6), 40)
+    np.testing.assert_allclose([column[0] for column in solver], [column[0] for column in rest])  # nothing before it to use
+    assert np.any(solver.d)
+
+
+def test_half_way_of_the_noise_keeps_half_of_the_image():
+    """Data N(m, v) noised to t and denoised: an image x goes on average to m + rho (x - m), rho from the regression of x_0'."""
+    x_0 = jnp.asarray(np.random.default_rng(0).multivariate_normal(MEAN, COVARIANCE, (4, 4000)), jnp.float32)
+    t = 30
+    x_t = dj.q_sample(SCHEDULE, x_0, jnp.full(4, t), jax.random.normal(jax.random.key(5), x_0.shape))
+    again = draw(best_denoise, dj.part_way(dj.ancestral_table(SCHEDULE), t), x_t)
+    np.testing.assert_allclose(np.cov(again.reshape(-1, 2).T), COVARIANCE, atol=0.04)  # still of the data
+    G = np.asarray(GAINS[t]) * float(A[t])  # x_0' given x_t is of the posterior, whose mean is G (x_0 - m) on average over eps
+    cross = np.cov(x_0.reshape(-1, 2).T, again.reshape(-1, 2).T)[:2, 2:]
+    np.testing.assert_allclose(cross, COVARIANCE @ G.T, atol=0.04)
+
+
+def test_an_image_becomes_the_noise_that_it_comes_from():
+    """The flow of data N(m, C) is a map x_T = C^(-1/2) (x - m) where x_T is pure noise; the way back ends where it began."""
+    x_0 = jnp.asarray(np.random.default_rng(1).multivariate_normal(MEAN, COVARIANCE, (4, 50)), jnp.float32)
+    values, axes = np.linalg.eigh(COVARIANCE)
+    expected = (np.asarray(x_0) - MEAN) @ (axes / values**0.5) @ axes.T
+    errors = []
+    for steps in (15, 60):
+        noise = draw(best_denoise, dj.encoding_table(SCHEDULE, steps), x_0, points=50)
+        back = draw(best_denoise, dj.ddim_table(SCHEDULE, 0.0, steps), jnp.asarray(noise), points=50)
+        errors.append([np.abs(noise - expected).max(), np.abs(back - x_0).max()])
+    assert np.all(np.array(errors[1]) < [0.2, 0.1])
+    assert np.all(np.array(errors[0]) > 2 * np.array(errors[1]))
+
+
+def test_between_two_points_on_the_sphere():
+    x, y = jnp.array([3.0, 0.0]), jnp.array([0.0, 3.0])
+    np.testing.assert_allclose(dj.spherical(x, y, 0.0), x, atol=1e-5)
+    np.testing.assert_allclose(dj.spherical(x, y, 1.0), y, atol=1e-5)
+    np.testing.assert_allclose(dj.spherical(x, y, 1 / 3), [3 * np.cos(np.pi / 6), 1.5], atol=1e-5)
