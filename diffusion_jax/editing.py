@@ -6,7 +6,7 @@ and more rounds around a given part are tables for `sample` and `sample_trajecto
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from diffusion_jax.diffusion import Denoise, Predict, with_fraction
 from diffusion_jax.sampling import SamplerTable, strided_timesteps
@@ -30,8 +30,8 @@ def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predic
     return predict
 
 
-def inpainting(denoise: Denoise, known: Float[Array, "B *shape"], mask: Bool[Array, "#B *#shape"]) -> Denoise:
-    """The denoiser that knows `known` where `mask` is true: x_0_hat is replaced there.
+def inpainting(denoise: Denoise, known: ArrayLike, mask: ArrayLike) -> Denoise:
+    """The denoiser that knows `known` where `mask` is true: x_0_hat, against whose shape both broadcast, is replaced there.
 
     Ancestral and DDIM steps then take the known part along the forward process' own path between the noise and the data, which
     is the replacement method of Song et al. (2021, app. I.2), and end at it exactly. `resampled` lets the rest agree with it.
@@ -49,7 +49,8 @@ def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> Sampl
     """Each step but the last taken `times` times, with the noise of the step put back in between [Lugmayr et al. 2022, alg. 1].
 
     A step from t to s and the forward process back to t (eq. 1) are together affine, from t to t, so a round is a row and costs
-    one network call. Raises ValueError unless `times` is at least 1 and the table's steps need no x_0_hat before them.
+    one network call. Rounds need the noise of the upper bound: with less, they take variance from the part that is not given.
+    Raises ValueError unless `times` is at least 1 and the table's steps need no x_0_hat before them.
     """
     if not times >= 1:
         raise ValueError(f"each step must be taken at least once, got {times}")
@@ -58,14 +59,12 @@ def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> Sampl
     s = np.append(table.t[1:], 0)
     up = schedule.sqrt_alpha_bar[table.t] / schedule.sqrt_alpha_bar[s]
     rounds = table._replace(a=up * table.a, b=up * table.b, c=np.sqrt(1 - up**2 + (up * table.c) ** 2), r=np.zeros_like(up))
-    counts = np.full(len(s), times)
-    counts[-1] = 1
-    first = np.cumsum(counts) - counts
-    rows = SamplerTable(*(np.repeat(column, counts) for column in rounds))
-    last = first + counts - 1
-    for column, step in zip(rows, table, strict=True):
-        column[last] = step
-    return rows
+
+    def interleaved(again: np.ndarray, step: np.ndarray) -> np.ndarray:
+        rows = np.stack([again] * (times - 1) + [step], axis=1).ravel()
+        return np.delete(rows, np.s_[-times:-1])  # the last step's rounds
+
+    return SamplerTable(*map(interleaved, rounds, table))
 
 
 def part_way(table: SamplerTable, t: int) -> SamplerTable:
@@ -96,8 +95,8 @@ def encoding_table(schedule: NoiseSchedule, sampling_timesteps: int | None = Non
     return SamplerTable(t, a_t[1:] / a_t[:-1] + on_eps / s_hat, -on_eps * a_hat / s_hat, zero, zero, zero)
 
 
-def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: Float[Array, "#times ..."]) -> Float[Array, "..."]:
-    """The points `share` (0 to 1) of the way from x to y along a great circle, as far from 0 as noise is [Shoemake 1985]."""
+def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: ArrayLike) -> Float[Array, "*shape"]:
+    """The point at `share` (0 to 1) of the way from x to y along a great circle, as far from 0 as noise is [Shoemake 1985]."""
     cosine = jnp.sum(x * y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))
     angle = jnp.arccos(jnp.clip(cosine, -1 + 1e-6, 1 - 1e-6))
     return (jnp.sin((1 - share) * angle) * x + jnp.sin(share * angle) * y) / jnp.sin(angle)

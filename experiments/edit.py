@@ -55,7 +55,8 @@ def main() -> None:
         run = run_config(config.workdir)
         schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
         steps = min(100, run.num_timesteps) if config.sampling_timesteps is None else config.sampling_timesteps
-        table = dj.ddim_table(schedule, 0.0 if config.what == "interpolate" else 1.0, steps)
+        make_table = dj.ddim_table if config.what == "interpolate" else dj.ancestral_table
+        table = make_table(schedule, sampling_timesteps=steps)
         images = load_dataset(run.dataset, config.data_dir, "test").images[: config.num_images + 1]
         state = restored(run, config.workdir, config.checkpoint)
 

@@ -64,9 +64,7 @@ def main() -> None:
         require(out.parent.is_dir(), "out", out, "in a folder that exists")
         run = run_config(config.workdir)
         check_guidance(run, config.guidance_scale)
-        require(
-            run.conditional or not config.labels, "labels", config.labels, f"left out: {config.workdir} is not --conditional"
-        )
+        require(run.conditional or not config.labels, "labels", config.labels, "left out unless the run is --conditional")
         schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
         table = sampler_table(config, run, schedule)
         state = restored(run, config.workdir, config.checkpoint)

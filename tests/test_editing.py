@@ -14,7 +14,8 @@ GAINS = jnp.stack([a * COVARIANCE @ np.linalg.inv(a**2 * COVARIANCE + s**2 * np.
 
 def best_denoise(x_t, t):
     """E[x_0 | x_t] for data N(MEAN, COVARIANCE), as [B, N, 2]."""
-    return MEAN + jnp.einsum("bij,bnj->bni", GAINS[t], x_t - A[t][:, None, None] * MEAN)
+    mean = jnp.asarray(MEAN, jnp.float32)[None, None]
+    return mean + jnp.einsum("bij,bnj->bni", GAINS[t], x_t - A[t][:, None, None] * mean)
 
 
 def draw(denoise, table, start=None, points=4000):
@@ -48,18 +49,18 @@ def test_a_negative_guidance_scale_is_named(scale):
 
 def test_rounds_of_inpainting_lead_to_the_law_of_the_rest_given_what_is_known():
     """x_2 given x_1 = 1.5 is normal, with a mean and a variance known from the data's."""
-    given, known = jnp.array([[[True, False]]]), jnp.array([1.5, 99.0])
+    given, known = jnp.array([[[True, False]]]), jnp.array([[[1.5, 99.0]]])
     gain = COVARIANCE[0, 1] / COVARIANCE[0, 0]
     mean, variance = MEAN[1] + gain * (1.5 - MEAN[0]), COVARIANCE[1, 1] - gain * COVARIANCE[0, 1]
     errors = []
     for times in (1, 12):
-        table = dj.resampled(SCHEDULE, dj.ddim_table(SCHEDULE, 1.0), times)
+        table = dj.resampled(SCHEDULE, dj.ancestral_table(SCHEDULE), times)
         x = draw(dj.inpainting(best_denoise, known, given), table).reshape(-1, 2)
         np.testing.assert_array_equal(x[:, 0], np.float32(1.5))
         errors.append([abs(x[:, 1].mean() - mean), abs(x[:, 1].var() - variance)])
-    assert errors[0][0] > 0.05  # replacement alone is biased
-    assert errors[1][0] < 0.02
-    assert errors[1][1] < 0.03
+    assert errors[0][0] > 0.2  # replacement alone is biased
+    assert errors[1][0] < 0.04
+    assert errors[1][1] < 0.02 < errors[0][1]
 
 
 @pytest.mark.parametrize("make", [lambda: dj.ddim_table(SCHEDULE, 1.0, 7), lambda: dj.ddim_table(SCHEDULE, 0.0, 7)])
@@ -121,7 +122,7 @@ def test_an_image_becomes_the_noise_that_it_comes_from():
         noise = draw(best_denoise, dj.encoding_table(SCHEDULE, steps), x_0, points=50)
         back = draw(best_denoise, dj.ddim_table(SCHEDULE, 0.0, steps), jnp.asarray(noise), points=50)
         errors.append([np.abs(noise - expected).max(), np.abs(back - x_0).max()])
-    assert np.all(np.array(errors[1]) < [0.2, 0.1])
+    assert np.all(np.array(errors[1]) < [0.15, 0.2])
     assert np.all(np.array(errors[0]) > 2 * np.array(errors[1]))
 
 

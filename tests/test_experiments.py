@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from runs import TINY, final_state, finish, run, start
 
+from diffusion_jax.data import load_dataset
+
 
 def test_mnist_leaves_a_whole_run(trained):
     assert json.loads((trained / "config.json").read_text())["dataset"] == "digits"
@@ -45,8 +47,29 @@ def test_sample_writes_a_grid(trained, tmp_path):
     assert Image.open(tmp_path / "grid.png").size == (96, 96)
 
 
+@pytest.fixture(scope="session")
+def conditional(tmp_path_factory):
+    """The folder of a tiny run that learned classes and variances."""
+    workdir = tmp_path_factory.mktemp("runs") / "conditional"
+    run("mnist.py", *TINY, "--conditional", "--sigma-type", "learned", "--loss-type", "hybrid", "--workdir", workdir)
+    return workdir
+
+
+def test_a_conditional_run_draws_the_classes_that_are_asked_for(conditional, tmp_path):
+    args = ["--workdir", conditional, "--labels", "7", "7", "3", "--guidance-scale", "2", "--out", tmp_path / "x.npy"]
+    run("sample.py", *args)
+    assert np.load(tmp_path / "x.npy").shape == (3, 32, 32, 1)
+
+
 @pytest.mark.slow
-def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(trained, tmp_path):
+@pytest.mark.parametrize(("what", "columns"), [("inpaint", 6), ("interpolate", 11), ("image-to-image", 5)])
+def test_edit_writes_a_row_for_each_image(conditional, tmp_path, what, columns):
+    run("edit.py", "--workdir", conditional, "--what", what, "--num-images", "2", "--out", tmp_path / "edit.png")
+    assert Image.open(tmp_path / "edit.png").size == (64 * columns, 64 * 2)
+
+
+@pytest.mark.slow
+def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(trained, conditional, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     args = ["--workdir", workdir, "--num-samples", "250", "--sampling-timesteps", "4", "--bound-images", "4"]
@@ -58,6 +81,26 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
     assert results["bits_per_dim"] > 1
     assert "| frechet distance |" in said
     assert Image.open(workdir / "bound.png").size[0] > 500
+
+    shutil.copytree(conditional, tmp_path / "classes")
+    args = ["--workdir", tmp_path / "classes", "--num-samples", "100", "--sampling-timesteps", "2", "--bound-images", "1"]
+    finish(start("evaluate.py", *args, "--guidance-scale", "3", HOME=str(tmp_path)))
+    results = json.loads((tmp_path / "classes" / "evaluation.json").read_text())
+    assert results["generated"]["classified_as_asked"] < 0.5 < 0.9 < results["test"]["classified_as_asked"]
+
+    args = ["--workdir", workdir, "--num-samples", "100", "--calls", "2", "4"]
+    assert "| DPM-Solver++(2M) | 4 |" in finish(start("compare_samplers.py", *args, HOME=str(tmp_path)))
+    distances = json.loads((workdir / "samplers.json").read_text())
+    assert all(
+        set(curve) == {"2", "4"} and min(curve.values()) > distances["test"] for curve in distances["distances"].values()
+    )
+    assert Image.open(workdir / "samplers.png").size[0] > 500
+
+    images = load_dataset("digits", split="test").images / 127.5 - 1
+    np.save(tmp_path / "real.npy", np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1).astype(np.float32))
+    finish(start("judge.py", "--samples", tmp_path / "real.npy", "--dataset", "digits", HOME=str(tmp_path)))
+    results = json.loads((tmp_path / "real.json").read_text())
+    assert results["generated"] == results["test"]
 
 
 def test_mixture_draws_its_figures_and_resumes(tmp_path):
@@ -103,6 +146,9 @@ BAD_MNIST = {
     "--learning-rate nan": ("--learning-rate", "positive", "got nan"),
     "--ema-decay 1": ("--ema-decay", "less than 1", "got 1"),
     "--seed -1": ("--seed", "between 0", "got -1"),
+    "--label-dropout 1.5": ("--label-dropout", "between 0 and 1", "got 1.5"),
+    "--sigma-type learned": ("--loss-type", "hybrid or bound", "got l2"),
+    "--loss-type hybrid": ("--loss-type", "l2 or l1", "got hybrid"),
 }
 
 
@@ -134,7 +180,11 @@ BAD_SAMPLE = {
     "--sampler euler": ("euler", "ancestral", "ddim", "dpm_solver"),
     "--sampling-timesteps 13": ("between 1 and num_timesteps = 12", "got 13"),
     "--sampler ddim --eta 1.5": ("eta must be between 0 and 1", "got 1.5"),
-    "--eta 0.5": ("--eta", "0 unless --sampler is ddim", "got 0.5"),
+    "--eta 0.5": ("--eta", "0 unless --sampler is ddim or dpm_solver", "got 0.5"),
+    "--labels 10": ("--labels", "between 0 and 9", "got 10"),
+    "--labels 7 7 3": ("--labels", "left out unless the run is --conditional", "(7, 7, 3)"),
+    "--guidance-scale 2": ("--guidance-scale", "1 unless the run is --conditional", "got 2"),
+    "--guidance-scale -1": ("--guidance-scale", "at least 0", "got -1"),
     "--out x.jpg": ("--out", ".png or .npy", "x.jpg"),
     "--out no/such/folder/x.png": ("--out", "folder that exists"),
     "--num-samples 0": ("--num-samples", "at least 1", "got 0"),
@@ -155,6 +205,29 @@ def test_sample_refuses_in_one_line(capsys, monkeypatch, trained, args):
 def test_evaluate_refuses_in_one_line(capsys, monkeypatch, trained, args):
     workdir = [] if "--workdir" in args else ["--workdir", trained]
     assert args.split()[1] in fails(capsys, monkeypatch, "evaluate", *workdir, *args.split())
+
+
+@pytest.mark.parametrize("what", ["nothing", "pickled", "bytes"])
+def test_judge_refuses_in_one_line(capsys, monkeypatch, tmp_path, what):
+    file = tmp_path / "x.npy"
+    if what != "nothing":
+        objects = np.array([{}], object) if what == "pickled" else np.zeros((200, 28, 28, 1), np.uint8)
+        np.save(file, objects, allow_pickle=True)
+    assert str(file) in fails(capsys, monkeypatch, "judge", "--samples", file, "--dataset", "digits")
+
+
+@pytest.mark.parametrize(
+    "args", ["--workdir no/run", "--num-images 0", "--out x.jpg", "--sampling-timesteps 13", "--what paint"]
+)
+def test_edit_refuses_in_one_line(capsys, monkeypatch, trained, args):
+    workdir = [] if "--workdir" in args else ["--workdir", trained]
+    assert args.split()[1] in fails(capsys, monkeypatch, "edit", *workdir, *args.split())
+
+
+@pytest.mark.parametrize("args", ["--workdir no/run", "--num-samples 99", "--calls 13", "--seed -1"])
+def test_compare_samplers_refuses_in_one_line(capsys, monkeypatch, trained, args):
+    workdir = [] if "--workdir" in args else ["--workdir", trained]
+    assert args.split()[1] in fails(capsys, monkeypatch, "compare_samplers", *workdir, *args.split())
 
 
 @pytest.mark.parametrize("args", ["--batch-size 0", "--ema-decay 2", "--iterations x"])

@@ -70,6 +70,33 @@ def test_bfloat16_computes_with_float32_parameters_and_output():
     assert 1e-5 < float(jnp.linalg.norm(half - full) / jnp.linalg.norm(full)) < 0.05
 
 
+def test_a_network_of_classes_tells_them_apart_and_knows_images_of_none():
+    network = UNet(3, 4, (1, 2), num_classes=5)
+    variables = randomized(network, *IMAGES)
+    apply = jax.jit(network.apply)
+    of_class = [apply(variables, *IMAGES, jnp.full(2, label)) for label in range(6)]
+    for one in range(6):
+        for other in range(one):
+            assert jnp.abs(of_class[one] - of_class[other]).max() > 1e-3
+    np.testing.assert_array_equal(apply(variables, *IMAGES), of_class[5])
+    np.testing.assert_allclose(apply(variables, *IMAGES, jnp.array([2, 4]))[1], of_class[4][1], rtol=1e-4, atol=1e-5)
+    plain = UNet(3, 4, (1, 2))
+    variables = randomized(plain, *IMAGES)
+    np.testing.assert_array_equal(plain.apply(variables, *IMAGES, jnp.array([2, 4])), plain.apply(variables, *IMAGES))
+
+
+def test_a_learned_variance_begins_half_way_and_has_its_own_outputs():
+    network = UNet(3, 4, (1, 2), learned_variance=True)
+    prediction, fraction = network.apply(network.init(jax.random.key(0), *IMAGES), *IMAGES)
+    chex.assert_equal_shape([prediction, fraction, IMAGES[0]])
+    np.testing.assert_array_equal(fraction, 0.5)
+    variables = randomized(network, *IMAGES)
+    kernel, bias = variables["params"]["out"].values()
+    assert kernel.shape == (4, 6) or bias.shape == (4, 6)
+    prediction, fraction = network.apply(variables, *IMAGES)
+    assert jnp.abs(2 * fraction - 1 - prediction).max() > 1e-2
+
+
 @pytest.mark.parametrize("size", [(8, 6), (9, 8), (30, 30)])
 def test_an_image_that_cannot_be_halved_is_named(size):
     with pytest.raises(ValueError, match=f"multiples of 4, got {size[0]}x{size[1]}"):

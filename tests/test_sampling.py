@@ -147,6 +147,27 @@ def test_each_step_is_eq_11_with_fresh_noise(keys, make_table):
     np.testing.assert_allclose(flat @ flat.T / 32_000, np.eye(len(flat)), atol=5 * (2 / 32_000) ** 0.5)
 
 
+def test_a_learned_variance_is_that_of_the_network_at_each_element(keys):
+    """Solve the first step for its noise, with f = 0, 1/4 and 1 in three places; its deviations are between the bounds."""
+    schedule, points = SCHEDULES[2], 8000
+    t = schedule.num_timesteps
+    beta, w = schedule.beta[t], float(dj.posterior(schedule, jnp.zeros((1, 1)), jnp.zeros((1, 1)), jnp.array([t]))[1][0])
+    f = jnp.repeat(jnp.array([[0.0], [0.25], [1.0]]), points, 1)[None]
+    denoise = lambda x_t, t: (0.3 * x_t, jnp.broadcast_to(f, x_t.shape))  # noqa: E731
+    table = dj.ancestral_table(schedule, "learned")
+    path = np.asarray(dj.sample_trajectory(denoise, table, keys, (3, points)))[::-1]
+    noise = path[1] - (table.a[0] + 0.3 * table.b[0]) * path[0]
+    expected = [w**0.5, (w**0.75 * beta**0.25) ** 0.5, beta**0.5]
+    np.testing.assert_allclose(noise.std((0, 2)), expected, rtol=5 / (2 * 8 * points) ** 0.5)
+    np.testing.assert_array_equal(path[-1], np.float32(0.3) * path[-2])  # no noise at the end
+
+
+def test_a_walk_that_starts_from_given_points(keys):
+    start = jnp.arange(16.0).reshape(8, 2)
+    path = dj.sample_trajectory(lambda x_t, t: 0.5 * x_t, dj.ddim_table(SCHEDULES[2], 0.0, 3), keys, (2,), start)
+    np.testing.assert_array_equal(path[-1], start)
+
+
 def test_a_denoiser_in_half_precision_gives_float32_samples(keys):
     denoise = lambda x_t, t: (0.5 * x_t).astype(jnp.bfloat16)  # noqa: E731
     assert dj.sample(denoise, dj.dpm_solver_table(SCHEDULES[2], 0.0, 3), keys, (2,)).dtype == jnp.float32
