@@ -24,6 +24,7 @@ Given both ends, x at an earlier time s < t is Gaussian as well [Ho et al. 2020,
       w = beta_{t|s} (1 - alpha_bar_s) / (1 - alpha_bar_t)
 
 Arrays are [B, *shape] with any shape; t is [B]. A timestep outside 0..T gives NaN.
+docs/derivation.md has the way to each equation.
 """
 
 from collections.abc import Callable

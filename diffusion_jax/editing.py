@@ -16,8 +16,8 @@ from diffusion_jax.schedules import NoiseSchedule
 def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predict:
     """Classifier-free guidance: u + scale (c - u), of what the two networks predict [Ho & Salimans 2022, eq. 6, 1 + w = scale].
 
-    1 is the conditional network, more is truer to the condition and less varied. It is the same for each target type, since
-    eqs. 6-8 are affine. A learned variance is the conditional network's. Raises ValueError unless the scale is at least 0.
+    1 is the conditional network, more is truer to the condition and less varied (eq. 17). It is the same for each target type,
+    since eqs. 6-8 are affine. A learned variance is the conditional one's. Raises ValueError unless the scale is at least 0.
     """
     if not scale >= 0:
         raise ValueError(f"the guidance scale must be at least 0, got {scale}")
@@ -48,8 +48,8 @@ def inpainting(denoise: Denoise, known: ArrayLike, mask: ArrayLike) -> Denoise:
 def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> SamplerTable:
     """Each step but the last taken `times` times, with the noise of the step put back in between [Lugmayr et al. 2022, alg. 1].
 
-    A step from t to s and the forward process back to t (eq. 1) are together affine, from t to t, so a round is a row and costs
-    one network call. Rounds need the noise of the upper bound: with less, they take variance from the part that is not given.
+    A step from t to s and the forward process back to t are together affine (eq. 18), so a round is a row and costs one network
+    call. Rounds need the noise of the upper bound: with less, they take variance from the part that is not given.
     Raises ValueError unless `times` is at least 1 and the table's steps need no x_0_hat before them.
     """
     if not times >= 1:
@@ -81,7 +81,7 @@ def part_way(table: SamplerTable, t: int) -> SamplerTable:
 
 
 def encoding_table(schedule: NoiseSchedule, sampling_timesteps: int | None = None) -> SamplerTable:
-    """DDIM's steps upwards, from an image to the noise that DDIM at eta = 0 takes to it [Song et al. 2021, sec. 4.3].
+    """DDIM's steps upwards, from an image to the noise that DDIM at eta = 0 takes to it (eq. 12) [Song et al. 2021, sec. 4.3].
 
     Begin at the image (`start=`); what comes out is x_T. The first step takes the image for an x_t at the lowest t above 0. The
     way there and back is exact in the limit of many steps only.

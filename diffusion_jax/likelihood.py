@@ -2,15 +2,18 @@
 
 With t and s = t - 1, and k, m and w of eq. 10, a step of ancestral sampling has the likelihood N(k x_t + m x_0_hat, c^2 I), and
 
-    -log2 p(x_0) <= L_T + L_{T-1} + ... + L_0                                       (12)  [Ho et al. 2020, eq. 5]
+    -log2 p(x_0) <= L_T + L_{T-1} + ... + L_0                                       (14)  [Ho et al. 2020, eq. 5]
     L_T     = KL(q(x_T | x_0) || N(0, I))
     L_{t-1} = KL(N(k x_t + m x_0, w I) || N(k x_t + m x_0_hat, c^2 I))
-            = (delta + e^-delta - 1 + e^-delta |x_0 - x_0_hat|^2 m^2 / w) / 2,  delta = log(c^2 / w)
+            = (delta + e^-delta - 1 + e^-delta |x_0 - x_0_hat|^2 m^2 / w) / 2       (15)
     L_0     = -log2 of the mass of N(x_0_hat, c^2 I) in the level of x_0, one of 256 from -1 to 1
 
-where delta is 0 for the "lower_bound" of the variance, log(beta_t / w) for the "upper_bound", and a fraction f of the latter,
-from the network, for "learned" [Nichol & Dhariwal 2021, eq. 15]. w is 0 at t = 1; that of t = 2 is taken there, as the authors'
-code does (beta_1 where T = 1).
+where delta = log(c^2 / w) is 0 for the "lower_bound" of the variance, log(beta_t / w) for the "upper_bound", and for "learned" what
+a fraction f from the network makes it:
+
+    log c^2 = (1 - f) log w + f log beta_t                                          (16)  [Nichol & Dhariwal 2021, eq. 15]
+
+w is 0 at t = 1; that of t = 2 is taken there, as the authors' code does (beta_1 where T = 1).
 
 A network that learns its variance predicts a pair: the target, and f for each of its elements.
 """
@@ -41,7 +44,7 @@ LN2 = float(np.log(2))
 
 
 def prior_bits(schedule: NoiseSchedule, x_0: Float[Array, "B *shape"]) -> Float[Array, " B"]:
-    """L_T, in bits: what is left of the data at t = T (eq. 12)."""
+    """L_T, in bits: what is left of the data at t = T (eq. 14)."""
     a_2, s_2 = schedule.alpha_bar[-1], schedule.sqrt_one_minus_alpha_bar[-1] ** 2
     nats = (a_2 * x_0**2 + float(s_2 - 1 - np.log(s_2))) / 2
     return nats.reshape(len(x_0), -1).sum(1) / LN2
@@ -55,7 +58,7 @@ def bound_bits(
     eps: Float[Array, "B *shape"],
     sigma_type: str = "lower_bound",
 ) -> Float[Array, " B"]:
-    """L_{t-1} of each example, in bits, with x_t from `eps`; the bound is their sum over t = 1..T, and `prior_bits` (eq. 12).
+    """L_{t-1} of each example, in bits, with x_t from `eps`; the bound is their sum over t = 1..T, and `prior_bits` (eq. 14).
 
     Raises ValueError on a `sigma_type` other than "upper_bound", "lower_bound" and "learned".
     """
@@ -122,7 +125,7 @@ def _pair(output: object) -> tuple[Array, Array]:
 
 
 def _step_tables(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """w, m and log(beta_t / w) of eq. 12 for t = 1..T, in float64."""
+    """w, m and log(beta_t / w) of eqs. 15-16 for t = 1..T, in float64."""
     times = np.arange(1, schedule.num_timesteps + 1)
     _, m, w = posterior_coefficients(schedule, times, times - 1)
     w[0] = w[1] if len(w) > 1 else schedule.beta[1]
@@ -130,7 +133,7 @@ def _step_tables(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _terms(schedule: NoiseSchedule, x_0: Array, x_0_hat: Array, t: Array, fraction: ArrayLike) -> Float[Array, "B *shape"]:
-    """L_{t-1} of each element, in bits (eq. 12)."""
+    """L_{t-1} of each element, in bits (eqs. 14-16)."""
     w, m, log_range = _step_tables(schedule)
     columns = (m**2 / w, np.sqrt(w), log_range)
     error_weight, deviation, log_range = (_as_column(_look_up(column, t - 1), x_0.ndim) for column in columns)

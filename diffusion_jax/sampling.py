@@ -1,4 +1,4 @@
-"""Sampling: every sampler is a table of affine steps, and one loop runs any of them.
+"""Sampling: every sampler is a table of affine steps, and one loop runs any of them (docs/derivation.md).
 
 A sampler walks down timesteps T = t_S > ... > t_0 = 0. Each of its S steps goes from t to the next lower s:
 
@@ -69,7 +69,7 @@ def ancestral_table(
 def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: int | None = None) -> SamplerTable:
     """DDIM [Song et al. 2021, eqs. 12, 16]: deterministic at eta = 0, lower-bound ancestral sampling at eta = 1.
 
-        c = eta sqrt(w),   x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - c^2) eps_hat + c z
+        c = eta sqrt(w),   x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - c^2) eps_hat + c z      (12)
 
     with eps_hat from eq. 7 and w from eq. 10. Raises ValueError on eta outside [0, 1] or `sampling_timesteps` outside 1..T.
     """
@@ -90,7 +90,7 @@ def dpm_solver_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timeste
     It takes DDIM's step from x_0_hat extrapolated to the middle of the step, along the line through the last two in
     lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), with h = lambda_s - lambda_t:
 
-        D = x_0_hat + (x_0_hat - x_0_hat_before) h / (2 h_before)
+        D = x_0_hat + (x_0_hat - x_0_hat_before) h / (2 h_before)                                           (13)
 
     The first step, which has nothing before it, and the last, where h is infinite, are DDIM's own. Raises ValueError on eta
     outside [0, 1] or `sampling_timesteps` outside 1..T.
