@@ -8,8 +8,8 @@ With t and s = t - 1, and k, m and w of eq. 10, a step of ancestral sampling has
             = (delta + e^-delta - 1 + e^-delta |x_0 - x_0_hat|^2 m^2 / w) / 2       (15)
     L_0     = -log2 of the mass of N(x_0_hat, c^2 I) in the level of x_0, one of 256 from -1 to 1
 
-where delta = log(c^2 / w) is 0 for the "lower_bound" of the variance, log(beta_t / w) for the "upper_bound", and for "learned" what
-a fraction f from the network makes it:
+where delta = log(c^2 / w) is 0 for the "lower_bound" of the variance, log(beta_t / w) for the "upper_bound", and for "learned"
+what a fraction f from the network makes it:
 
     log c^2 = (1 - f) log w + f log beta_t                                          (16)  [Nichol & Dhariwal 2021, eq. 15]
 
