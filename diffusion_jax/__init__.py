@@ -17,6 +17,7 @@ from diffusion_jax.schedules import NoiseSchedule, cosine_schedule, linear_sched
 from diffusion_jax.training import (
     TrainState,
     adam_with_cosine_decay,
+    cosine_decay,
     create_train_state,
     example_keys,
     over_devices,
@@ -38,6 +39,7 @@ __all__ = [
     "bound_bits",
     "bound_loss",
     "convert",
+    "cosine_decay",
     "cosine_schedule",
     "create_train_state",
     "ddim_table",

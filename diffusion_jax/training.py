@@ -29,9 +29,16 @@ def create_train_state(apply_fn: Callable, params: PyTree, optimizer: optax.Grad
     return state.replace(step=jnp.zeros((), jnp.int32))
 
 
-def adam_with_cosine_decay(learning_rate: float, iterations: int) -> optax.GradientTransformation:
-    """Adam whose learning rate falls from `learning_rate` to 0 along a half cosine over `iterations` steps."""
-    return optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))
+def cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.Schedule:
+    """A learning rate that rises from 0 over `warmup` of the `iterations` steps, then falls to 0 along a half cosine."""
+    if not warmup:
+        return optax.cosine_decay_schedule(learning_rate, iterations)
+    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, iterations)
+
+
+def adam_with_cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.GradientTransformation:
+    """Adam with the learning rate of `cosine_decay`."""
+    return optax.adam(cosine_decay(learning_rate, iterations, warmup))
 
 
 def example_keys(key: Key[Array, ""], examples: Int[Array, " B"]) -> Key[Array, " B"]:

@@ -1,10 +1,13 @@
 """Every picture that the experiments write."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from PIL import Image
+
+from diffusion_jax.schedules import NoiseSchedule
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,8 +31,17 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
 
 def save_grid(file: Path, samples: np.ndarray) -> None:
     """Samples in [-1, 1] as a nearly square grid."""
-    columns = int(np.ceil(np.sqrt(len(samples))))
-    Image.fromarray(tile(to_pixels(samples), columns)).save(file)
+    Image.fromarray(grid(samples)).save(file)
+
+
+def save_picture(file: Path, picture: np.ndarray) -> None:
+    """Bytes [H, W]."""
+    Image.fromarray(picture).save(file)
+
+
+def grid(samples: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] as one nearly square picture."""
+    return tile(to_pixels(samples), int(np.ceil(np.sqrt(len(samples)))))
 
 
 def save_rows(file: Path, columns: list[np.ndarray]) -> None:
@@ -50,6 +62,51 @@ def save_noise_figure(file: Path, real: np.ndarray, path: np.ndarray) -> None:
         axis.imshow(raster, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.axis("off")
+    _save(figure, file)
+
+
+def save_animation(file: Path, path: np.ndarray) -> None:
+    """The samples on their way from noise, `path[-1]`, to x_0, `path[0]`, as a .gif of four seconds that rests at the end."""
+    shown = path[np.linspace(len(path) - 1, 0, min(len(path), 50)).round().astype(int)]
+    frames = [Image.fromarray(grid(images)) for images in shown]
+    frames = [frame.resize((2 * frame.width, 2 * frame.height), Image.Resampling.NEAREST) for frame in frames]
+    durations = [60] * (len(frames) - 1) + [1500]
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def save_training_figure(file: Path, metrics: np.ndarray, learning_rate: Callable) -> None:
+    """The loss and the gradient's norm at each step, with their running medians, and the learning rate."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 2.8))
+    steps, width = metrics["step"], max(len(metrics["step"]) // 50, 1)
+    for axis, name in zip(axes, ("loss", "grad_norm"), strict=False):
+        values = metrics[name]
+        medians = [np.median(values[max(i - width, 0) : i + width + 1]) for i in range(len(values))]
+        axis.semilogy(steps, values, color="tab:blue", alpha=0.25)
+        axis.semilogy(steps, medians, color="tab:blue")
+        axis.set_title(name.replace("grad_norm", "norm of the gradient"), fontsize=10)
+    axes[2].plot(steps, [float(learning_rate(step - 1)) for step in steps])
+    axes[2].set_title("learning rate", fontsize=10)
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def save_schedules_figure(file: Path, schedules: dict[str, NoiseSchedule]) -> None:
+    """Each table of each schedule over t / T."""
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3))
+    for name, schedule in schedules.items():
+        times = np.arange(1, schedule.num_timesteps + 1) / schedule.num_timesteps
+        a, s = schedule.sqrt_alpha_bar[1:], schedule.sqrt_one_minus_alpha_bar[1:]
+        for axis, values in zip(axes, (schedule.beta[1:], a, s**2, 2 * np.log(a / s)), strict=True):
+            axis.plot(times, values, label=name)
+    titles = (r"$\beta_t$", r"$\sqrt{\bar\alpha_t}$", r"$1 - \bar\alpha_t$", r"$\log\ \bar\alpha_t / (1 - \bar\alpha_t)$")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("t / T")
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[0].legend(fontsize=8)
     _save(figure, file)
 
 
@@ -75,6 +132,18 @@ def save_score_figure(file: Path, grid: np.ndarray, scores: np.ndarray, density:
         axis.quiver(grid[:, 0], grid[:, 1], score[:, 0], score[:, 1], width=0.004)
         axis.set_title(f"t = {t}", fontsize=10)
     _hide_all(axes)
+    _save(figure, file)
+
+
+def save_coins_figure(file: Path, samples: np.ndarray, prior: np.ndarray, heads: int) -> None:
+    """Histograms of the number of heads, of samples and of fair coins; the data all have `heads`."""
+    figure, axis = plt.subplots(figsize=(6, 3))
+    bins = np.arange(min(prior.min(), samples.min()), max(prior.max(), samples.max()) + 2) - 0.5
+    axis.hist(prior, bins, alpha=0.6, color="gray", label="fair coins", density=True)
+    axis.hist(samples, bins, alpha=0.6, color="tab:blue", label="samples", density=True)
+    axis.axvline(heads, color="black", linestyle=":", label="data")
+    axis.set(xlabel="heads", ylabel="share")
+    axis.legend(fontsize=8)
     _save(figure, file)
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from command_line import one_line_errors
+from events import open_events
+from figures import save_picture
 from processes import failing_together, from_first_process, is_first_process, largest_of_all
 from tqdm import tqdm
 from workdir import append_rows, one_line_if_unwritable, resume
@@ -27,7 +30,7 @@ def train_in(
     config: Any,
     state: TrainState,
     step_fn: Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]],
-    after_step: Callable[[TrainState, int], None] = lambda state, step: None,
+    pictures: Callable[[TrainState, int], dict[str, np.ndarray]] = lambda state, step: {},
 ) -> TrainState:
     """Continue from the newest whole checkpoint, or from `state`, to `config.iterations` steps; each is `step_fn(state, step)`.
 
@@ -44,6 +47,8 @@ def train_in(
             state = resume(workdir, checkpoints, state) if checkpoints else state
         state = from_first_process(state)
         start = int(state.step)
+        with failing_together():
+            events = open_events(workdir, start) if first else lambda *_: None
         if start and first:
             print(f"resuming {workdir} at step {start} of {config.iterations}", file=sys.stderr)
         with progress_bar(start, config.iterations) as bar:
@@ -64,6 +69,8 @@ def train_in(
                     with failing_together():
                         if checkpoints:
                             append_rows(workdir, rows)
+                            for row in rows:
+                                events(row["step"], {name: row[name] for name in row if name != "step"}, {})
                             checkpoints.check_for_errors()
                         check_finite(rows, workdir, config.seed)
                         if (due or stop) and checkpoints:  # the mean loss of fewer steps than the others' may not be the best
@@ -72,7 +79,12 @@ def train_in(
                     losses = [] if due or stop else losses
                 if stop:
                     break
-                after_step(state, step)
+                if drawn := pictures(state, step):
+                    with failing_together():
+                        if checkpoints:
+                            for name, picture in drawn.items():
+                                save_picture(workdir / f"{name}_{step:06d}.png", picture)
+                            events(step, {}, drawn)
         with failing_together():
             checkpoints.wait_until_finished() if checkpoints else None
         stop = largest_of_all(requests[0] if requests else 0)

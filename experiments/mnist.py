@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from command_line import one_line_errors, parse_command_line, require
-from figures import save_grid, save_noise_figure
+from figures import grid, save_animation, save_noise_figure, save_training_figure
 from jaxtyping import Array, Float, Key, PyTree
 from loop import train_in
 from machine import prepare_machine, warn_of_emulated
@@ -235,12 +235,10 @@ def main() -> None:
         print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
     sampler, labels = make_sampler(config, schedule), labels_in_turn(config, config.num_samples)
 
-    def preview(state: dj.TrainState, step: int) -> None:
-        if config.sample_every and step % config.sample_every == 0 and step < config.iterations:
-            samples = sampler(state.ema_params, preview_table, sample_key, labels)
-            with failing_together():
-                if is_first_process():
-                    save_grid(workdir / f"samples_{step:06d}.png", samples)
+    def preview(state: dj.TrainState, step: int) -> dict[str, np.ndarray]:
+        if not config.sample_every or step % config.sample_every or step == config.iterations:
+            return {}
+        return {"samples": grid(sampler(state.ema_params, preview_table, sample_key, labels))}
 
     state = train_in(workdir, config, state, make_step(config, schedule, data, train_key), preview)
 
@@ -250,7 +248,10 @@ def main() -> None:
     with one_line_if_unwritable(workdir), failing_together():
         if is_first_process():
             save_noise_figure(workdir / "figure.png", real, path)
-            print(f"wrote {workdir / 'figure.png'}")
+            save_animation(workdir / "denoising.gif", path)
+            metrics = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True, ndmin=1)
+            save_training_figure(workdir / "training.png", metrics, dj.cosine_decay(config.learning_rate, config.iterations))
+            print(f"wrote figure.png, denoising.gif and training.png in {workdir}")
 
 
 def fingerprint(config: Config, data: ImageData) -> int:

@@ -1,0 +1,62 @@
+"""Diffuse 48 coins of which exactly 36 show heads: does a network learn a rule that no single coin knows? A minute on a CPU.
+
+python experiments/coins.py
+"""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import vectors
+from command_line import one_line_errors, parse_command_line
+from figures import save_coins_figure
+from jaxtyping import Array, Float, Key
+from machine import prepare_machine
+from workdir import one_line_if_unwritable
+
+import diffusion_jax as dj
+
+COINS, HEADS = 48, 36
+NUM_TIMESTEPS = 100
+TARGET_TYPE = "pred_x_0"
+NUM_SHOWN = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(vectors.Config):
+    embed_dim: int = 96
+    learning_rate: float = 1e-3
+    workdir: str = "runs/coins"
+    """Where the run is kept. The same command continues it."""
+
+
+def draw_coins(key: Key[Array, ""]) -> Float[Array, " 48"]:
+    """1 for each head and -1 for each tail, in a random order."""
+    return jax.random.permutation(key, jnp.where(jnp.arange(COINS) < HEADS, 1.0, -1.0))
+
+
+def main() -> None:
+    prepare_machine()
+    with one_line_errors():
+        config = parse_command_line(Config(), __doc__)
+        schedule = dj.cosine_schedule(NUM_TIMESTEPS)
+        workdir, train = vectors.set_up(config, draw_coins, schedule, TARGET_TYPE)
+
+    denoise = dj.make_denoiser(schedule, train(), TARGET_TYPE)
+    _, keys = vectors.examples(config, draw_coins, NUM_SHOWN)
+    samples = jax.jit(lambda keys: dj.sample(denoise, dj.ancestral_table(schedule, "lower_bound"), keys, (COINS,)))(keys)
+    heads = np.asarray((samples > 0).sum(1))
+    prior = np.random.default_rng(config.seed).binomial(COINS, 0.5, NUM_SHOWN)
+    with one_line_if_unwritable(workdir):
+        save_coins_figure(workdir / "figure.png", heads, prior, HEADS)
+    print(
+        f"heads of {COINS}: samples {heads.mean():.2f} ± {heads.std():.2f}, exactly {HEADS} in {np.mean(heads == HEADS):.0%};"
+    )
+    print(f"fair coins {prior.mean():.2f} ± {prior.std():.2f}, exactly {HEADS} in {np.mean(prior == HEADS):.0%}")
+    print(f"wrote {workdir / 'figure.png'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

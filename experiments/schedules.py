@@ -1,0 +1,34 @@
+"""Draw the noise schedules: how much noise each step adds, how much signal is left, and the signal-to-noise ratio.
+
+python experiments/schedules.py --out schedules.png
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from command_line import one_line_errors, parse_command_line, require
+from figures import save_schedules_figure
+from mnist import SCHEDULES
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    num_timesteps: int = 500
+    """T, the steps of the forward process."""
+    out: str = "schedules.png"
+    """A .png."""
+
+
+def main() -> None:
+    with one_line_errors():
+        config = parse_command_line(Config(), __doc__)
+        out = Path(config.out)
+        require(config.num_timesteps >= 1, "num_timesteps", config.num_timesteps, "at least 1")
+        require(out.suffix == ".png" and out.parent.is_dir(), "out", out, "a .png in a folder that exists")
+        save_schedules_figure(out, {name: make(config.num_timesteps) for name, make in SCHEDULES.items()})
+    print(f"wrote {out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Train a small MLP on vectors that a function draws; what mixture.py and coins.py have in common."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from command_line import require
+from jaxtyping import Array, Float, Key
+from loop import train_in
+from workdir import open_workdir
+
+import diffusion_jax as dj
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    iterations: int = 2000
+    batch_size: int = 512
+    embed_dim: int = 32
+    learning_rate: float = 2e-3
+    ema_decay: float = 0.99
+    seed: int = 0
+    workdir: str = "runs/vectors"
+    """Where the run is kept. The same command continues it."""
+    checkpoint_every: int = 1000
+
+
+def check(config: Config) -> None:
+    """Raise ValueError on the first value that no run can have."""
+    for name in ("iterations", "batch_size", "checkpoint_every"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
+    require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
+    require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
+
+
+def set_up(
+    config: Config, draw: Callable[[Key[Array, ""]], Float[Array, " d"]], schedule: dj.NoiseSchedule, target_type: str
+) -> tuple[Path, Callable[[], Callable[[Array, Array], Array]]]:
+    """The run's folder, and train() -> predict(x_t, t) with the averaged parameters; `draw(key)` is one vector of the data."""
+    check(config)
+    dim = draw(jax.random.key(0)).shape[0]
+    network = dj.MLP(dim, config.embed_dim)
+    init_key, train_key = jax.random.split(jax.random.key(config.seed), 4)[:2]
+    params = jax.jit(network.init)(init_key, jnp.zeros((1, dim)), jnp.ones(1, jnp.int32))["params"]
+    optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations)
+    state = dj.create_train_state(network.apply, params, optimizer)
+    workdir = open_workdir(config, may_differ={"workdir", "checkpoint_every"})
+
+    def loss_fn(params, x_0, keys):
+        return dj.diffusion_loss(schedule, partial(network.apply, {"params": params}), x_0, keys, target_type)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: dj.TrainState):
+        keys = dj.example_keys(jax.random.fold_in(train_key, state.step), jnp.arange(config.batch_size))
+        data_keys, loss_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        return dj.train_step(state, jax.vmap(draw)(data_keys), loss_keys, loss_fn=loss_fn, ema_decay=config.ema_decay)
+
+    def train() -> Callable[[Array, Array], Array]:
+        trained = train_in(workdir, config, state, lambda state, _: step(state))
+        return partial(network.apply, {"params": trained.ema_params})  # pyright: ignore[reportReturnType]
+
+    return workdir, train
+
+
+def examples(config: Config, draw: Callable, count: int) -> tuple[Float[Array, "count d"], Key[Array, " count"]]:
+    """Vectors of the data that no step has seen, and a key for each sample."""
+    sample_key, data_key = jax.random.split(jax.random.key(config.seed), 4)[2:]
+    return jax.vmap(draw)(dj.example_keys(data_key, jnp.arange(count))), dj.example_keys(sample_key, jnp.arange(count))
