@@ -1,6 +1,15 @@
 """Denoising diffusion as pure functions: noise schedules, the loss, and every sampler as a table of affine steps."""
 
-from diffusion_jax.diffusion import Denoise, convert, diffusion_loss, loss_at, make_denoiser, posterior, q_sample
+from diffusion_jax.diffusion import (
+    Denoise,
+    convert,
+    diffusion_loss,
+    loss_at,
+    make_denoiser,
+    min_snr_weight,
+    posterior,
+    q_sample,
+)
 from diffusion_jax.editing import encoding_table, guided, inpainting, part_way, resampled, spherical
 from diffusion_jax.likelihood import bound_bits, bound_loss, hybrid_loss, prior_bits
 from diffusion_jax.mlp import MLP
@@ -53,6 +62,7 @@ __all__ = [
     "linear_schedule",
     "loss_at",
     "make_denoiser",
+    "min_snr_weight",
     "over_devices",
     "padded",
     "part_way",

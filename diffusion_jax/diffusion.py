@@ -120,14 +120,31 @@ def diffusion_loss(
     keys: Key[Array, " B"],
     target_type: str = "pred_eps",
     loss_type: str = "l2",
+    weight: Float[np.ndarray, " times"] | None = None,
 ) -> Float[Array, "B *shape"]:
     """The unreduced training loss of each example, at its own t ~ Uniform{1..T} and eps ~ N(0, I) [Ho et al. 2020, eq. 14].
 
     Each example's t and eps come from its own key, so they do not depend on which batch or device it is in. The loss itself
-    is `loss_at`. Raises ValueError on an unknown type.
+    is `loss_at`, times weight[t] where a table of weights is given. Raises ValueError on an unknown type.
     """
     t, eps = _draw(schedule, x_0, keys)
-    return loss_at(schedule, predict, x_0, t, eps, target_type, loss_type)
+    loss = loss_at(schedule, predict, x_0, t, eps, target_type, loss_type)
+    return loss if weight is None else _as_column(_look_up(weight, t), x_0.ndim) * loss
+
+
+def min_snr_weight(schedule: NoiseSchedule, target_type: str = "pred_eps", cap: float = 5.0) -> Float[np.ndarray, " times"]:
+    """The weights that make a squared loss that of x_0 times min(SNR_t, cap), SNR_t = alpha_bar_t / (1 - alpha_bar_t).
+
+    So small t, where SNR_t is huge and x_0 all but seen, do not take the network from the others [Hang et al. 2023, eq. 5].
+    Raises ValueError on an unknown type or a cap that is not positive.
+    """
+    _check_choice("target_type", target_type, get_args(TargetType))
+    if not cap > 0:
+        raise ValueError(f"cap must be positive, got {cap}")
+    a_2, s_2 = schedule.alpha_bar, schedule.sqrt_one_minus_alpha_bar**2
+    of_v = np.minimum(a_2, cap * s_2)  # the errors of v and eps are that of x_0 times 1 / s_2 and a_2 / s_2
+    with np.errstate(invalid="ignore"):
+        return {"pred_v": of_v, "pred_eps": of_v / a_2, "pred_x_0": np.where(s_2 > 0, of_v / s_2, cap)}[target_type]
 
 
 def _draw(schedule: NoiseSchedule, x_0: Array, keys: Array, probabilities: ArrayLike | None = None) -> tuple[Array, Array]:

@@ -61,12 +61,16 @@ class Config:
     noise_schedule_type: Literal["linear", "cosine"] = "cosine"
     loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
     """hybrid is l2 and the variational bound of the variances, bound is the variational bound (Nichol & Dhariwal 2021)."""
+    loss_weighting: Literal["none", "min_snr"] = "none"
+    """Of the timesteps, in the losses l2 and l1; min_snr is that of Hang et al. (2023)."""
     conditional: bool = False
     """Learn the classes, for samples of a class that is asked for."""
     label_dropout: float = 0.1
     """The share of examples that a conditional run sees without their class, for guidance."""
     learning_rate: float = 1e-3
     """Adam's, at the start of its cosine decay."""
+    warmup: int = 0
+    """Steps in which the learning rate rises to that."""
     ema_decay: float = 0.0
     """Of the average of the parameters that samples are drawn with; 0 is the parameters themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -116,9 +120,12 @@ def check(config: Config) -> None:
     require(config.embed_dim >= 4 and config.embed_dim % 2 == 0, "embed_dim", config.embed_dim, "even and at least 4")
     require(min(config.dim_scales, default=0) >= 1, "dim_scales", config.dim_scales, "one or more numbers of at least 1")
     require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
+    require(0 <= config.warmup < config.iterations, "warmup", config.warmup, f"at least 0 and less than {config.iterations}")
     require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
     require(0 <= config.label_dropout <= 1, "label_dropout", config.label_dropout, "between 0 and 1")
     losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1")
+    weighted = config.loss_weighting != "none" and config.sigma_type == "learned"
+    require(not weighted, "loss_weighting", config.loss_weighting, "none with --sigma-type learned")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")
 
 
@@ -130,14 +137,15 @@ def make_network(config: Config) -> dj.UNet:
 def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
     network = make_network(config)
     params = jax.jit(network.init)(key, jnp.zeros((1, *IMAGE_SHAPE)), jnp.ones(1, jnp.int32))["params"]
-    optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations)
+    optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations, config.warmup)
     return dj.create_train_state(network.apply, params, optimizer)
 
 
 def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: Key[Array, ""]) -> Callable:
     """step(state, number) -> (state, metrics), on all devices, with the data set kept on them as bytes."""
     network = make_network(config)
-    loss = LOSSES.get(config.loss_type, partial(dj.diffusion_loss, loss_type=config.loss_type))
+    weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
+    loss = LOSSES.get(config.loss_type, partial(dj.diffusion_loss, loss_type=config.loss_type, weight=weight))
 
     def loss_fn(params, batch, keys):
         x_0, labels = batch
@@ -250,7 +258,9 @@ def main() -> None:
             save_noise_figure(workdir / "figure.png", real, path)
             save_animation(workdir / "denoising.gif", path)
             metrics = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True, ndmin=1)
-            save_training_figure(workdir / "training.png", metrics, dj.cosine_decay(config.learning_rate, config.iterations))
+            save_training_figure(
+                workdir / "training.png", metrics, dj.cosine_decay(config.learning_rate, config.iterations, config.warmup)
+            )
             print(f"wrote figure.png, denoising.gif and training.png in {workdir}")
 
 

@@ -81,3 +81,30 @@ def test_the_gradient_of_the_loss_is_its_finite_difference(target_type, loss_typ
         difference = [(loss(jnp.asarray(change + step)) - loss(jnp.asarray(change - step))) / (2 * h) for step in h * np.eye(2)]
         np.testing.assert_allclose(gradient, difference, rtol=1e-6)
         assert np.abs(gradient).min() > 1e-3
+
+
+@pytest.mark.parametrize("target_type", TARGETS)
+def test_the_weights_of_min_snr_make_the_losses_of_all_targets_one(target_type):
+    """The best prediction's loss is half of LEFT min(SNR, cap), whichever target it predicts."""
+    cap = 0.7
+    snr = ALPHA_BAR / (1 - ALPHA_BAR)
+    assert snr.min() < cap < snr.max()
+    weight = dj.min_snr_weight(SCHEDULE, target_type, cap)
+    assert weight.shape == (T + 1,)
+    assert np.isfinite(weight).all()
+    np.testing.assert_allclose(weight[1:] * ERROR_VARIANCE[target_type], LEFT * np.minimum(snr, cap), rtol=1e-12)
+
+
+def test_a_table_of_weights_weighs_each_example_by_its_t():
+    keys, x_0 = jax.random.split(jax.random.key(0), 64), jnp.ones((64, 2))
+    says_t = lambda x_t, t: jnp.broadcast_to(t[:, None], x_t.shape).astype(jnp.float32)  # noqa: E731
+    t = np.asarray(dj.diffusion_loss(SCHEDULE, says_t, 0 * x_0, keys, "pred_x_0", "l1"), int)
+    weight = np.linspace(2.0, 5.0, T + 1)
+    weighted, plain = (dj.diffusion_loss(SCHEDULE, says_t, x_0, keys, "pred_x_0", weight=w) for w in (weight, None))
+    np.testing.assert_allclose(weighted, weight[t] * plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, float("nan")])
+def test_a_cap_that_is_not_positive_is_named(cap):
+    with pytest.raises(ValueError, match=f"cap must be positive, got {cap}"):
+        dj.min_snr_weight(SCHEDULE, cap=cap)
