@@ -4,7 +4,6 @@ python experiments/mnist.py                   # sized for this machine
 python experiments/mnist.py --preset paper    # the published recipe
 """
 
-import argparse
 import dataclasses
 import math
 import sys
@@ -12,23 +11,21 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command_line import one_line_errors, parse_command_line, require
+from command_line import one_line_errors, parse_command_line
 from figures import grid, save_animation, save_noise_figure, save_training_figure
 from jaxtyping import Array, Float, Key, PyTree
 from loop import train_in
 from machine import prepare_machine, warn_of_emulated
+from mnist_config import MAY_DIFFER, PRESETS, Config, check, choose_preset
 from processes import check_same_everywhere, failing_together, in_turn, is_first_process, join_processes
 from workdir import one_line_if_unwritable, open_workdir
 
 import diffusion_jax as dj
-from diffusion_jax.data import DatasetName, ImageData, batch_indices, load_dataset, to_model_input
-from diffusion_jax.diffusion import TargetType
-from diffusion_jax.sampling import SigmaType
+from diffusion_jax.data import ImageData, batch_indices, load_dataset, to_model_input
 from diffusion_jax.training import check_divisible, replicate
 
 IMAGE_SHAPE = (32, 32, 1)
@@ -36,97 +33,6 @@ NUM_CLASSES = 10
 SCHEDULES = {"linear": dj.linear_schedule, "cosine": dj.cosine_schedule}
 LOSSES = {"hybrid": dj.hybrid_loss, "bound": dj.bound_loss}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    preset: Literal["auto", "paper", "small"] = "paper"
-    """"paper" is the published recipe, "small" fits two CPU cores; "auto" is small where there is only a CPU, else paper."""
-    dataset: DatasetName = "auto"
-    """"auto" is MNIST, or scikit-learn's digits where MNIST is neither prepared nor within reach."""
-    data_dir: str | None = None
-    """A TFDS directory; by default TFDS's own."""
-    iterations: int = 2000
-    batch_size: int = 512
-    embed_dim: int = 128
-    """Channels at the full resolution."""
-    dim_scales: tuple[int, ...] = (1, 2, 4, 8)
-    """Channels of each level, as multiples of embed_dim; the image is halved between levels."""
-    num_timesteps: int = 500
-    """T, the steps of the forward process."""
-    target_type: TargetType = "pred_x_0"
-    """What the network predicts."""
-    sigma_type: SigmaType = "upper_bound"
-    """The variance of ancestral sampling; learned goes with the losses hybrid and bound."""
-    noise_schedule_type: Literal["linear", "cosine"] = "cosine"
-    loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
-    """hybrid is l2 and the variational bound of the variances, bound is the variational bound (Nichol & Dhariwal 2021)."""
-    loss_weighting: Literal["none", "min_snr"] = "none"
-    """Of the timesteps, in the losses l2 and l1; min_snr is that of Hang et al. (2023)."""
-    conditional: bool = False
-    """Learn the classes, for samples of a class that is asked for."""
-    label_dropout: float = 0.1
-    """The share of examples that a conditional run sees without their class, for guidance."""
-    learning_rate: float = 1e-3
-    """Adam's, at the start of its cosine decay."""
-    warmup: int = 0
-    """Steps in which the learning rate rises to that."""
-    ema_decay: float = 0.0
-    """Of the average of the parameters that samples are drawn with; 0 is the parameters themselves."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in; parameters are float32."""
-    seed: int = 0
-    workdir: str = "runs/mnist"
-    """Where the run is kept. The same command continues it."""
-    checkpoint_every: int = 100
-    sample_every: int = 500
-    """Steps between sample grids written during training; 0 for none."""
-    sampling_timesteps: int | None = None
-    """Steps of the final figure's samples; by default all T."""
-    num_samples: int = 20
-    distributed: bool = False
-    """One process of several that train together."""
-
-
-MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples", "distributed"}
-PRESETS = {
-    "paper": Config(),
-    "small": Config(
-        preset="small",
-        iterations=1200,
-        batch_size=32,
-        embed_dim=8,
-        dim_scales=(1, 4, 8, 16),
-        learning_rate=2e-3,
-        ema_decay=0.99,
-        checkpoint_every=200,
-    ),
-}
-
-
-def choose_preset(args: list[str]) -> str:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="auto")
-    preset = parser.parse_known_args(args)[0].preset
-    return preset if preset in PRESETS else "small" if jax.default_backend() == "cpu" else "paper"
-
-
-def check(config: Config) -> None:
-    """Raise ValueError on the first value that no run can have."""
-    for name in ("iterations", "batch_size", "num_timesteps", "checkpoint_every", "num_samples"):
-        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
-    for name in ("seed", "sample_every"):
-        require(0 <= getattr(config, name) < 2**31, name, getattr(config, name), "between 0 and 2^31 - 1")
-    require(config.embed_dim >= 4 and config.embed_dim % 2 == 0, "embed_dim", config.embed_dim, "even and at least 4")
-    require(min(config.dim_scales, default=0) >= 1, "dim_scales", config.dim_scales, "one or more numbers of at least 1")
-    require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
-    require(0 <= config.warmup < config.iterations, "warmup", config.warmup, f"at least 0 and less than {config.iterations}")
-    require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
-    require(0 <= config.label_dropout <= 1, "label_dropout", config.label_dropout, "between 0 and 1")
-    losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1")
-    weighted = config.loss_weighting != "none" and config.sigma_type == "learned"
-    require(not weighted, "loss_weighting", config.loss_weighting, "none with --sigma-type learned")
-    require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")
 
 
 def make_network(config: Config) -> dj.UNet:
