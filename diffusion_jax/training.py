@@ -30,8 +30,7 @@ def create_train_state(apply_fn: Callable, params: PyTree, optimizer: optax.Grad
 
 
 def cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.Schedule:
-    """A learning rate that rises from 0 over `warmup` of the `iterations` steps, or half of them if that is fewer, then falls to 0
-    along a half cosine."""
+    """A learning rate that rises from 0 in `warmup` steps, half of `iterations` at most, and falls to 0 along a half cosine."""
     warmup = min(warmup, iterations // 2)
     if not warmup:
         return optax.cosine_decay_schedule(learning_rate, iterations)

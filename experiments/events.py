@@ -12,7 +12,8 @@ from tensorboardX.record_writer import RecordWriter
 
 
 def open_events(workdir: Path, start: int) -> Callable[[int, dict[str, float], dict[str, np.ndarray]], None]:
-    """add(step, numbers, pictures), where pictures are bytes [H, W]; what is there of steps past `start` no longer counts."""
+    """add(step, numbers, pictures), the pictures being bytes [H, W] or [H, W, 3]; steps past `start` that are there no longer
+    count."""
     folder = workdir / "tensorboard"
     folder.mkdir(exist_ok=True)
     writer = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
@@ -24,7 +25,7 @@ def open_events(workdir: Path, start: int) -> Callable[[int, dict[str, float], d
         for name, value in numbers.items():
             write(step=step, summary=summary.scalar(name, float(value)))
         for name, picture in pictures.items():
-            write(step=step, summary=summary.image(name, picture, dataformats="HW"))
+            write(step=step, summary=summary.image(name, picture, dataformats="HWC"[: picture.ndim]))
         writer.flush()
 
     write(file_version="brain.Event:2")

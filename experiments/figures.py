@@ -21,12 +21,14 @@ def to_pixels(x: np.ndarray) -> np.ndarray:
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """[N, H, W, 1] to one [rows * H, columns * W] picture, filled row by row, with black where images run out."""
-    count, height, width, _ = images.shape
+    """[N, H, W, C] to one picture, filled row by row, with black where images run out; [rows * H, columns * W] if C is 1."""
+    count, height, width, channels = images.shape
     rows = -(-count // columns)
-    cells = np.zeros((rows * columns, height, width), images.dtype)
-    cells[:count] = images[..., 0]
-    return cells.reshape(rows, columns, height, width).swapaxes(1, 2).reshape(rows * height, columns * width)
+    cells = np.zeros((rows * columns, height, width, channels), images.dtype)
+    cells[:count] = images
+    picture = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    picture = picture.reshape(rows * height, columns * width, channels)
+    return picture[..., 0] if channels == 1 else picture
 
 
 def save_grid(file: Path, samples: np.ndarray) -> None:
@@ -35,7 +37,7 @@ def save_grid(file: Path, samples: np.ndarray) -> None:
 
 
 def save_picture(file: Path, picture: np.ndarray) -> None:
-    """Bytes [H, W]."""
+    """Bytes [H, W] or [H, W, 3]."""
     Image.fromarray(picture).save(file)
 
 

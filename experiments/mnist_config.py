@@ -16,7 +16,7 @@ from diffusion_jax.sampling import SigmaType
 @dataclasses.dataclass(frozen=True)
 class Config:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """"paper" is the published recipe, "improved" does better at the same cost (measured at embed_dim 16), "small" is the same for
+    """"paper" is the published recipe, "improved" does better at the same cost (measured at embed_dim 16), "small" is that for
     two CPU cores; "auto" is small where there is only a CPU, else paper."""
     dataset: DatasetName = "auto"
     """"auto" is MNIST, or scikit-learn's digits where MNIST is neither prepared nor within reach."""

@@ -1,0 +1,124 @@
+"""Train on your own images: a folder of them, in colour, cut to squares of one size.
+
+python experiments/folder.py --folder ~/pictures --size 32
+"""
+
+import dataclasses
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from command_line import one_line_errors, parse_command_line, require
+from figures import grid, save_picture
+from jaxtyping import UInt8
+from loop import train_in
+from machine import prepare_machine
+from PIL import Image, ImageOps
+from workdir import one_line_if_unwritable, open_workdir
+
+import diffusion_jax as dj
+from diffusion_jax.data import batch_indices
+from diffusion_jax.training import check_divisible, replicate
+from diffusion_jax.unet import check_image
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+TARGET_TYPE = "pred_x_0"
+SAMPLING_TIMESTEPS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    folder: str
+    """Where the images are, in it or in folders below it."""
+    size: int = 32
+    """Height and width to which they are cut and scaled."""
+    iterations: int = 2000
+    batch_size: int = 32
+    embed_dim: int = 32
+    dim_scales: tuple[int, ...] = (1, 2, 4, 8)
+    num_timesteps: int = 500
+    learning_rate: float = 2e-3
+    seed: int = 0
+    workdir: str = "runs/folder"
+    """Where the run is kept. The same command continues it."""
+    checkpoint_every: int = 200
+    sample_every: int = 500
+    """Steps between pictures of samples."""
+    num_samples: int = 16
+
+
+def main() -> None:
+    prepare_machine()
+    with one_line_errors():
+        config = parse_command_line(Config("."), __doc__)
+        for name in ("size", "iterations", "batch_size", "num_timesteps", "checkpoint_every", "sample_every", "num_samples"):
+            require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+        require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
+        require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
+        check_divisible(config.batch_size, jax.device_count())
+        shape = (config.size, config.size, 3)
+        check_image((1, *shape), len(config.dim_scales) - 1)
+        schedule = dj.cosine_schedule(config.num_timesteps)
+        table = dj.dpm_solver_table(schedule, 1.0, min(SAMPLING_TIMESTEPS, config.num_timesteps))
+        images = read_images(config.folder, config.size)
+        init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+        network = dj.UNet(3, config.embed_dim, config.dim_scales)
+        params = jax.jit(network.init)(init_key, jnp.zeros((1, *shape)), jnp.ones(1, jnp.int32))["params"]
+        optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations, config.iterations // 20)
+        state = dj.create_train_state(network.apply, params, optimizer)
+        workdir = open_workdir(config, may_differ={"workdir", "folder", "checkpoint_every", "sample_every", "num_samples"})
+    print(f"{len(images):,} images of {config.folder}, in {workdir}", file=sys.stderr)
+
+    weight = dj.min_snr_weight(schedule, TARGET_TYPE)
+
+    def loss_fn(params, x_0, keys):
+        predict = partial(network.apply, {"params": params})
+        return dj.diffusion_loss(schedule, predict, x_0, keys, TARGET_TYPE, weight=weight)
+
+    def step(state, images, indices, examples, mean_over_devices):
+        keys = dj.example_keys(jax.random.fold_in(train_key, state.step), examples)
+        x_0 = images[indices].astype(jnp.float32) / 127.5 - 1
+        return dj.train_step(state, x_0, keys, loss_fn=loss_fn, ema_decay=0.99, mean_over_devices=mean_over_devices)
+
+    def draw(params, keys):
+        denoise = dj.make_denoiser(schedule, partial(network.apply, {"params": params}), TARGET_TYPE, clip=1.0)
+        return dj.sample(denoise, table, keys, shape)
+
+    compiled = dj.over_devices(step, (None, None, 0, 0), None, jax.devices(), donate_argnums=(0,))
+    on_device, examples, draw = replicate(images, jax.devices()), jnp.arange(config.batch_size), jax.jit(draw)
+
+    def next_step(state: dj.TrainState, number: int):
+        return compiled(state, on_device, batch_indices(config.seed, number, config.batch_size, len(images)), examples)
+
+    def samples(state: dj.TrainState) -> np.ndarray:
+        return grid(np.asarray(draw(state.ema_params, dj.example_keys(sample_key, jnp.arange(config.num_samples)))))
+
+    def pictures(state: dj.TrainState, step: int) -> dict[str, np.ndarray]:
+        return {} if step % config.sample_every or step == config.iterations else {"samples": samples(state)}
+
+    state = train_in(workdir, config, state, next_step, pictures)
+    with one_line_if_unwritable(workdir):
+        save_picture(workdir / "samples.png", samples(state))
+    print(f"wrote {workdir / 'samples.png'}")
+
+
+def read_images(folder: str, size: int) -> UInt8[np.ndarray, "N size size 3"]:
+    """Each image in `folder`, the middle square of it. Raises ValueError where there is none, or one cannot be read."""
+    files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in SUFFIXES)
+    require(bool(files), "folder", folder, f"a folder with images ({', '.join(sorted(SUFFIXES))})")
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                images.append(np.asarray(ImageOps.fit(image.convert("RGB"), (size, size))))
+        except (OSError, ValueError) as problem:
+            raise ValueError(f"{file} cannot be read as an image ({problem})") from None
+    return np.stack(images)
+
+
+if __name__ == "__main__":
+    main()
