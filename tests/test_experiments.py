@@ -3,12 +3,14 @@
 import csv
 import json
 import shutil
+import struct
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 from runs import TINY, final_state, finish, run, start
+from tensorboardX.proto.event_pb2 import Event
 
 from diffusion_jax.data import load_dataset
 
@@ -21,6 +23,22 @@ def test_mnist_leaves_a_whole_run(trained):
     assert final_state(trained).step == 8
     assert Image.open(trained / "figure.png").size[0] > 500
     assert Image.open(trained / "samples_000004.png").size == (96, 64)
+    assert Image.open(trained / "denoising.gif").n_frames == 13
+    assert Image.open(trained / "training.png").size[0] > 500
+
+
+def test_tensorboard_finds_every_step_once_and_the_pictures(trained):
+    """Its event files are records of a length, a checksum, a message and a checksum."""
+    numbers, pictures = {}, {}
+    for file in sorted((trained / "tensorboard").iterdir()):
+        content = file.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
+            for value in event.summary.value:
+                (pictures if value.HasField("image") else numbers).setdefault(value.tag, []).append(event.step)
+    assert numbers == {"loss": list(range(1, 9)), "grad_norm": list(range(1, 9))}
+    assert pictures == {"samples": [4]}
 
 
 def test_the_same_command_again_finds_it_done(trained):
@@ -109,6 +127,43 @@ def test_mixture_draws_its_figures_and_resumes(tmp_path):
     for name in ("figure.png", "score.png"):
         assert Image.open(tmp_path / name).size[0] > 500
     assert "step 30 of 30" in run("mixture.py", *args)
+
+
+def test_coins_counts_heads_and_resumes(tmp_path):
+    args = ["--workdir", tmp_path, "--iterations", "30", "--checkpoint-every", "10"]
+    assert "fair coins: 2" in run("coins.py", *args)
+    assert Image.open(tmp_path / "figure.png").size[0] > 500
+
+
+@pytest.mark.slow
+def test_folder_trains_on_images_of_any_size_and_mode(tmp_path):
+    for number, (size, mode) in enumerate([((40, 30), "RGB"), ((16, 64), "L"), ((20, 20), "RGBA"), ((9, 9), "P")]):
+        (tmp_path / "photos" / "more").mkdir(parents=True, exist_ok=True)
+        Image.new(mode, size, 200).save(tmp_path / "photos" / ("more" if number % 2 else ".") / f"{number}.png")
+    args = ["--folder", tmp_path / "photos", "--size", "8", "--embed-dim", "4", "--dim-scales", "1", "2", "--batch-size", "8"]
+    args += ["--iterations", "6", "--sample-every", "4", "--num-samples", "5", "--workdir", tmp_path / "run"]
+    assert "4 images" in run("folder.py", *args, devices=2)
+    for name in ("samples_000004.png", "samples.png"):
+        picture = Image.open(tmp_path / "run" / name)
+        assert (picture.size, picture.mode) == ((24, 16), "RGB")
+
+
+@pytest.mark.parametrize("what", ["nothing", "text"])
+def test_folder_refuses_in_one_line(capsys, monkeypatch, tmp_path, what):
+    if what == "text":
+        (tmp_path / "x.png").write_text("not an image")
+    line = fails(capsys, monkeypatch, "folder", "--folder", tmp_path, "--workdir", tmp_path / "new", "--embed-dim", "4")
+    assert str(tmp_path) in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_schedules_draws_its_figure(capsys, monkeypatch, tmp_path):
+    import schedules
+
+    monkeypatch.setattr(sys, "argv", ["schedules", "--num-timesteps", "1", "--out", str(tmp_path / "x.png")])
+    schedules.main()
+    assert Image.open(tmp_path / "x.png").size[0] > 500
+    assert "--num-timesteps" in fails(capsys, monkeypatch, "schedules", "--num-timesteps", "0")
 
 
 def fails(capsys, monkeypatch, script, *args) -> str:
