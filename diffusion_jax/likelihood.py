@@ -75,17 +75,20 @@ def hybrid_loss(
     x_0: Float[Array, "B *shape"],
     keys: Key[Array, " B"],
     target_type: str = "pred_eps",
+    weight: Float[np.ndarray, " times"] | None = None,
 ) -> Float[Array, "B *shape"]:
-    """The l2 loss plus 0.001 times the bound, which moves the variances alone [Nichol & Dhariwal 2021, eq. 16].
+    """The l2 loss, times weight[t] if given, plus 0.001 times the bound, which moves the variances alone.
 
-    Unreduced, at the t and eps of `diffusion_loss`. Raises ValueError unless the network predicts a pair.
+    [Nichol & Dhariwal 2021, eq. 16]. Unreduced, at the t and eps of `diffusion_loss`. Raises ValueError unless the network
+    predicts a pair.
     """
     t, eps = _draw(schedule, x_0, keys)
     x_t = q_sample(schedule, x_0, t, eps)
     prediction, fraction = _pair(predict(x_t, t))
     x_0_hat = convert(schedule, jax.lax.stop_gradient(prediction), x_t, t, target_type, "pred_x_0")
-    bound = schedule.num_timesteps * _terms(schedule, x_0, x_0_hat, t, fraction)
-    return loss_at(schedule, lambda x_t, t: prediction, x_0, t, eps, target_type) + BOUND_WEIGHT * bound
+    simple = loss_at(schedule, lambda x_t, t: prediction, x_0, t, eps, target_type)
+    simple = simple if weight is None else _as_column(_look_up(weight, t), x_0.ndim) * simple
+    return simple + BOUND_WEIGHT * schedule.num_timesteps * _terms(schedule, x_0, x_0_hat, t, fraction)
 
 
 def bound_loss(

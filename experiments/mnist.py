@@ -31,7 +31,6 @@ from diffusion_jax.training import check_divisible, replicate
 IMAGE_SHAPE = (32, 32, 1)
 NUM_CLASSES = 10
 SCHEDULES = {"linear": dj.linear_schedule, "cosine": dj.cosine_schedule}
-LOSSES = {"hybrid": dj.hybrid_loss, "bound": dj.bound_loss}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -51,14 +50,18 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
     """step(state, number) -> (state, metrics), on all devices, with the data set kept on them as bytes."""
     network = make_network(config)
     weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
-    loss = LOSSES.get(config.loss_type, partial(dj.diffusion_loss, loss_type=config.loss_type, weight=weight))
+    losses = {
+        "hybrid": partial(dj.hybrid_loss, weight=weight),
+        "bound": dj.bound_loss,
+        **{name: partial(dj.diffusion_loss, loss_type=name, weight=weight) for name in ("l2", "l1")},
+    }
 
     def loss_fn(params, batch, keys):
         x_0, labels = batch
         dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), config.label_dropout))(keys)
         labels = jnp.where(dropped, NUM_CLASSES, labels)
         predict = lambda x_t, t: network.apply({"params": params}, x_t, t, labels)  # noqa: E731
-        return loss(schedule, predict, x_0, keys, config.target_type)
+        return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type)
 
     def step(state, images, labels, indices, examples, mean_over_devices):
         keys = dj.example_keys(jax.random.fold_in(key, state.step), examples)

@@ -38,7 +38,7 @@ class Config:
     loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
     """hybrid is l2 and the variational bound of the variances, bound is the variational bound (Nichol & Dhariwal 2021)."""
     loss_weighting: Literal["none", "min_snr"] = "none"
-    """Of the timesteps, in the losses l2 and l1; min_snr is that of Hang et al. (2023)."""
+    """Of the timesteps, in all losses but the bound; min_snr is that of Hang et al. (2023)."""
     conditional: bool = False
     """Learn the classes, for samples of a class that is asked for."""
     label_dropout: float = 0.1
@@ -101,6 +101,6 @@ def check(config: Config) -> None:
     require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
     require(0 <= config.label_dropout <= 1, "label_dropout", config.label_dropout, "between 0 and 1")
     losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1")
-    weighted = config.loss_weighting != "none" and config.sigma_type == "learned"
-    require(not weighted, "loss_weighting", config.loss_weighting, "none with --sigma-type learned")
+    weighted = config.loss_weighting != "none" and config.loss_type == "bound"
+    require(not weighted, "loss_weighting", config.loss_weighting, "none with --loss-type bound")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")

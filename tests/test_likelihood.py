@@ -138,6 +138,9 @@ def test_the_hybrid_loss_is_the_squared_loss_and_a_thousandth_of_the_bound(keys)
     squared = dj.loss_at(SCHEDULE, lambda x_t, t: jnp.tanh(x_t), x_0, t, eps, "pred_v")
     bits = dj.bound_bits(SCHEDULE, dj.make_denoiser(SCHEDULE, predict, "pred_v"), x_0, t, eps, "learned")
     np.testing.assert_allclose((hybrid - squared).sum(1), 1e-3 * 6 * bits, rtol=1e-2, atol=1e-6)
+    weight = np.linspace(0.5, 2, 7)
+    weighted = dj.hybrid_loss(SCHEDULE, predict, x_0, keys, "pred_v", weight)
+    np.testing.assert_allclose(weighted - hybrid, (weight[t] - 1)[:, None] * squared, rtol=1e-3, atol=1e-6)
 
 
 def test_the_hybrid_loss_moves_the_prediction_as_the_squared_loss_does_and_the_variance_by_the_bound(keys):
