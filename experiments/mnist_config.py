@@ -33,7 +33,8 @@ class Config:
     target_type: TargetType = "pred_x_0"
     """What the network predicts."""
     sigma_type: SigmaType = "upper_bound"
-    """The variance of ancestral sampling; learned goes with the losses hybrid and bound."""
+    """The variance of ancestral sampling; learned goes with the losses hybrid and bound, and with pred_eps and pred_v, whose
+    errors in x_0 fall with the noise: those of pred_x_0 at small t drown the rest of the bound."""
     noise_schedule_type: Literal["linear", "cosine"] = "cosine"
     loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
     """hybrid is l2 and the variational bound of the variances, bound is the variational bound (Nichol & Dhariwal 2021)."""
@@ -101,6 +102,8 @@ def check(config: Config) -> None:
     require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
     require(0 <= config.label_dropout <= 1, "label_dropout", config.label_dropout, "between 0 and 1")
     losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1")
+    scaled = config.sigma_type != "learned" or config.target_type != "pred_x_0"
+    require(scaled, "target_type", config.target_type, "pred_eps or pred_v with --sigma-type learned")
     weighted = config.loss_weighting != "none" and config.loss_type == "bound"
     require(not weighted, "loss_weighting", config.loss_weighting, "none with --loss-type bound")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")

@@ -65,11 +65,14 @@ def test_sample_writes_a_grid(trained, tmp_path):
     assert Image.open(tmp_path / "grid.png").size == (96, 96)
 
 
+LEARNED = ["--sigma-type", "learned", "--loss-type", "hybrid", "--target-type", "pred_v"]
+
+
 @pytest.fixture(scope="session")
 def conditional(tmp_path_factory):
     """The folder of a tiny run that learned classes and variances."""
     workdir = tmp_path_factory.mktemp("runs") / "conditional"
-    run("mnist.py", *TINY, "--conditional", "--sigma-type", "learned", "--loss-type", "hybrid", "--workdir", workdir)
+    run("mnist.py", *TINY, "--conditional", *LEARNED, "--workdir", workdir)
     return workdir
 
 
@@ -202,7 +205,9 @@ BAD_MNIST = {
     "--ema-decay 1": ("--ema-decay", "less than 1", "got 1"),
     "--seed -1": ("--seed", "between 0", "got -1"),
     "--label-dropout 1.5": ("--label-dropout", "between 0 and 1", "got 1.5"),
-    "--sigma-type learned": ("--loss-type", "hybrid or bound", "got l2"),
+    "--sigma-type learned --target-type pred_v": ("--loss-type", "hybrid or bound", "got l2"),
+    "--sigma-type learned --loss-type hybrid": ("--target-type", "pred_eps or pred_v", "got pred_x_0"),
+    "--loss-weighting min_snr --loss-type bound --sigma-type learned --target-type pred_v": ("--loss-weighting", "none"),
     "--loss-type hybrid": ("--loss-type", "l2 or l1", "got hybrid"),
 }
 
