@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,9 @@ warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 def parse_command_line(default: Config, description: str | None, args: Sequence[str] | None = None) -> Config:
     """The config that the command line asks for, starting from `default`; a wrong option exits with one line."""
     messages = io.StringIO()
+    description = description and description.replace("\npython", "\n\npython")  # a paragraph each, which tyro keeps apart
+    if os.environ.get("NO_COLOR"):  # https://no-color.org, of which tyro knows only the other way to say it
+        os.environ["TERM"] = "dumb"
     try:
         with contextlib.redirect_stderr(messages):
             return tyro.cli(type(default), default=default, description=description, args=args)

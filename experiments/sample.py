@@ -105,7 +105,7 @@ def draw_all(
     draw, count = mnist.make_sampler(run, schedule, guidance_scale=guidance_scale), len(labels)
     batch = min(BATCH, count)
     labels = np.resize(labels, math.ceil(count / batch) * batch)
-    firsts = tqdm(range(0, count, batch), "samples", unit="batch", disable=count <= batch)
+    firsts = tqdm(range(0, count, batch), "samples", unit="batch")
     samples = [draw(state.ema_params, table, key, labels[first : first + batch], first) for first in firsts]
     return np.concatenate(samples)[:count]
 

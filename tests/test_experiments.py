@@ -9,6 +9,8 @@ import sys
 
 import numpy as np
 import pytest
+import vectors
+from command_line import parse_command_line
 from PIL import Image
 from runs import TINY, final_state, finish, run, start
 from tensorboardX.proto.event_pb2 import Event
@@ -127,10 +129,24 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
 
 def test_mixture_draws_its_figures_and_resumes(tmp_path):
     args = ["--workdir", tmp_path, "--iterations", "30", "--checkpoint-every", "10"]
-    run("mixture.py", *args)
+    assert "%|" in run("mixture.py", *args)
     for name in ("figure.png", "score.png"):
         assert Image.open(tmp_path / name).size[0] > 500
-    assert "step 30 of 30" in run("mixture.py", *args)
+    said = finish(start("mixture.py", *args, TQDM_DISABLE="1"))
+    assert "step 30 of 30" in said
+    assert "%|" not in said
+
+
+@pytest.mark.parametrize("no_color", ["1", ""])
+def test_help_is_plain_where_no_color_is_asked_for(capsys, monkeypatch, no_color):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with pytest.raises(SystemExit):
+        parse_command_line(vectors.Config(), "What it does.\n\npython first.py\npython second.py", ["--help"])
+    said = capsys.readouterr().out
+    assert ("\033[" in said) == (not no_color)
+    assert "\npython second.py" in said
 
 
 def test_coins_counts_heads_and_resumes(tmp_path):
