@@ -42,10 +42,12 @@ def load_dataset(name: DatasetName = "auto", data_dir: str | os.PathLike | None 
 
     The first two are read from the TFDS directory `data_dir` (default: TFDS's own) and prepared there first if need be. "auto"
     is "mnist", or with one warning "digits" where MNIST is neither prepared nor within reach; any other name means exactly
-    that data set, or DataUnavailable. Raises ValueError on an unknown name, and where what is prepared is damaged.
+    that data set, or DataUnavailable. Raises ValueError on an unknown name or split, and where what is prepared is damaged.
     """
     if name not in get_args(DatasetName):
         raise ValueError(f"the data set must be one of {', '.join(get_args(DatasetName))}; got {name!r}")
+    if split not in get_args(Split):
+        raise ValueError(f"the split must be one of {', '.join(get_args(Split))}; got {split!r}")
     if name == "digits":
         return _embedded_digits(split)
     try:

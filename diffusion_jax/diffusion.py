@@ -51,7 +51,7 @@ def q_sample(
 ) -> Float[Array, "B *shape"]:
     """x_t, the data x_0 noised to time t with the standard normal `eps` of the same shape, else ValueError (eq. 4)."""
     _check_shape("eps", eps, x_0)
-    a, s = _signal_and_noise(schedule, t, x_0.ndim)
+    a, s = _signal_and_noise(schedule, t, x_0)
     return a * x_0 + s * eps
 
 
@@ -83,7 +83,7 @@ def convert(
     _check_shape("prediction", prediction, x_t)
     if from_type == to_type:
         return prediction
-    a, s = _signal_and_noise(schedule, t, x_t.ndim)
+    a, s = _signal_and_noise(schedule, t, x_t)
     return _CONVERSIONS[from_type, to_type](x_t, prediction, a, s)
 
 
@@ -102,15 +102,26 @@ def make_denoiser(
     def denoise(x_t: Float[Array, "B *shape"], t: Int[Array, " B"]) -> Any:
         output = predict(x_t, t)
         x_0_hat = convert(schedule, with_fraction(output)[0], x_t, t, target_type, "pred_x_0")
-        x_0_hat = x_0_hat if clip is None else jnp.clip(x_0_hat, -clip, clip)
-        return (x_0_hat, output[1]) if isinstance(output, tuple) else x_0_hat
+        return with_prediction(output, x_0_hat if clip is None else jnp.clip(x_0_hat, -clip, clip))
 
     return denoise
 
 
 def with_fraction(output: Any) -> tuple[Array, Array | float]:
-    """What a network or a denoiser returned as a pair, with f = 0 where it learns no variance."""
-    return output if isinstance(output, tuple) else (output, 0.0)
+    """What a network or a denoiser returned as a pair, with f = 0 where it learns no variance.
+
+    Raises ValueError on any other tuple, or unless f has the shape of the prediction.
+    """
+    if not isinstance(output, tuple):
+        return output, 0.0
+    if len(output) != 2 or output[0].shape != output[1].shape:
+        raise ValueError(f"a prediction with a fraction must be a pair of one shape, got {[part.shape for part in output]}")
+    return output
+
+
+def with_prediction(output: Any, prediction: Array) -> Any:
+    """The same output with another prediction, and its f if it has one."""
+    return (prediction, output[1]) if isinstance(output, tuple) else prediction
 
 
 def diffusion_loss(
@@ -125,17 +136,17 @@ def diffusion_loss(
     """The unreduced training loss of each example, at its own t ~ Uniform{1..T} and eps ~ N(0, I) [Ho et al. 2020, eq. 14].
 
     Each example's t and eps come from its own key, so they do not depend on which batch or device it is in. The loss itself
-    is `loss_at`, times weight[t] where a table of weights is given. Raises ValueError on an unknown type.
+    is `loss_at`, times weight[t] where a table of weights over t = 0..T is given. Raises ValueError on an unknown type, or a
+    table of another length.
     """
     t, eps = _draw(schedule, x_0, keys)
-    loss = loss_at(schedule, predict, x_0, t, eps, target_type, loss_type)
-    return loss if weight is None else _as_column(_look_up(weight, t), x_0.ndim) * loss
+    return _weighted(schedule, weight, t, loss_at(schedule, predict, x_0, t, eps, target_type, loss_type))
 
 
 def min_snr_weight(schedule: NoiseSchedule, target_type: str = "pred_eps", cap: float = 5.0) -> Float[np.ndarray, " times"]:
     """The weights that make a squared loss that of x_0 times min(SNR_t, cap), SNR_t = alpha_bar_t / (1 - alpha_bar_t).
 
-    So small t, where SNR_t is huge and x_0 all but seen, do not take the network from the others [Hang et al. 2023, eq. 5].
+    So small t, where SNR_t is huge and x_0 all but seen, do not take the network from the others [Hang et al. 2023].
     Raises ValueError on an unknown type or a cap that is not positive.
     """
     _check_choice("target_type", target_type, get_args(TargetType))
@@ -145,6 +156,14 @@ def min_snr_weight(schedule: NoiseSchedule, target_type: str = "pred_eps", cap: 
     of_v = np.minimum(a_2, cap * s_2)  # the errors of v and eps are that of x_0 times 1 / s_2 and a_2 / s_2
     with np.errstate(invalid="ignore"):
         return {"pred_v": of_v, "pred_eps": of_v / a_2, "pred_x_0": np.where(s_2 > 0, of_v / s_2, cap)}[target_type]
+
+
+def _weighted(schedule: NoiseSchedule, weight: Any, t: Array, loss: Array) -> Array:
+    if weight is None:
+        return loss
+    if np.shape(weight) != (schedule.num_timesteps + 1,):
+        raise ValueError(f"weight must have the shape {(schedule.num_timesteps + 1,)}, for t = 0..T, got {np.shape(weight)}")
+    return _as_column(_look_up(weight, t), loss.ndim) * loss
 
 
 def _draw(schedule: NoiseSchedule, x_0: Array, keys: Array, probabilities: ArrayLike | None = None) -> tuple[Array, Array]:
@@ -174,9 +193,9 @@ def loss_at(
     """
     _check_choice("target_type", target_type, get_args(TargetType))
     _check_choice("loss_type", loss_type, get_args(LossType))
-    x_t = q_sample(schedule, x_0, t, eps)
-    target = x_0 if target_type == "pred_x_0" else convert(schedule, eps, x_t, t, "pred_eps", target_type)
-    prediction, _ = with_fraction(predict(x_t, t))
+    a, s = _signal_and_noise(schedule, t, x_0)
+    target = {"pred_x_0": x_0, "pred_eps": eps, "pred_v": a * eps - s * x_0}[target_type]
+    prediction, _ = with_fraction(predict(q_sample(schedule, x_0, t, eps), t))
     _check_shape("prediction", prediction, x_0)
     error = prediction - target
     return error**2 / 2 if loss_type == "l2" else jnp.abs(error)
@@ -199,19 +218,25 @@ def posterior_coefficients(
 def posterior(
     schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], t: Int[Array, " B"]
 ) -> tuple[Float[Array, "B *shape"], Float[Array, " B"]]:
-    """Mean and variance of q(x_{t-1} | x_t, x_0) for t in 1..T (eq. 10 with s = t - 1)."""
+    """Mean and variance of q(x_{t-1} | x_t, x_0) for t in 1..T (eq. 10 with s = t - 1).
+
+    Raises ValueError unless x_0 has x_t's shape.
+    """
+    _check_shape("x_0", x_0, x_t)
     times = np.arange(1, schedule.num_timesteps + 1)
     k, m, w = (_look_up(column, t - 1) for column in posterior_coefficients(schedule, times, times - 1))
     return _as_column(k, x_t.ndim) * x_t + _as_column(m, x_t.ndim) * x_0, w
 
 
-def _signal_and_noise(schedule: NoiseSchedule, t: Array, ndim: int) -> tuple[Array, Array]:
+def _signal_and_noise(schedule: NoiseSchedule, t: Array, x: Array) -> tuple[Array, Array]:
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must have the shape {x.shape[:1]}, a timestep for each example, got {t.shape}")
     a, s = _look_up(schedule.sqrt_alpha_bar, t), _look_up(schedule.sqrt_one_minus_alpha_bar, t)
-    return _as_column(a, ndim), _as_column(s, ndim)
+    return _as_column(a, x.ndim), _as_column(s, x.ndim)
 
 
 def _look_up(table: ArrayLike, t: Array) -> Array:
-    return jnp.asarray(table).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return jnp.asarray(table, float).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _as_column(per_example: Array, ndim: int) -> Array:

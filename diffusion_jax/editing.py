@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from diffusion_jax.diffusion import Denoise, Predict, with_fraction
+from diffusion_jax.diffusion import Denoise, Predict, _check_shape, with_fraction, with_prediction
 from diffusion_jax.sampling import SamplerTable, strided_timesteps
 from diffusion_jax.schedules import NoiseSchedule
 
 
 def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predict:
-    """Classifier-free guidance: u + scale (c - u), of what the two networks predict [Ho & Salimans 2022, eq. 6, 1 + w = scale].
+    """Classifier-free guidance: without + scale (with - without) [Ho & Salimans 2022, eq. 6, where 1 + w = scale].
 
     1 is the conditional network, more is truer to the condition and less varied (eq. 17). It is the same for each target type,
     since eqs. 6-8 are affine. A learned variance is the conditional one's. Raises ValueError unless the scale is at least 0.
@@ -25,7 +25,7 @@ def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predic
     def predict(x_t, t):
         output, (without, _) = conditional(x_t, t), with_fraction(unconditional(x_t, t))
         prediction = without + scale * (with_fraction(output)[0] - without)
-        return (prediction, output[1]) if isinstance(output, tuple) else prediction
+        return with_prediction(output, prediction)
 
     return predict
 
@@ -33,14 +33,18 @@ def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predic
 def inpainting(denoise: Denoise, known: ArrayLike, mask: ArrayLike) -> Denoise:
     """The denoiser that knows `known` where `mask` is true: x_0_hat, against whose shape both broadcast, is replaced there.
 
-    Ancestral and DDIM steps then take the known part along the forward process' own path between the noise and the data, which
-    is the replacement method of Song et al. (2021, app. I.2), and end at it exactly. `resampled` lets the rest agree with it.
+    Sampling then ends at the known part exactly. On the way, DDIM and ancestral sampling with the lower bound keep it as noisy
+    as the forward process has it at each t; the upper bound a little noisier. `resampled` lets the rest agree with it.
+    Raises ValueError unless the mask is boolean, and both broadcast against x_0_hat without making it larger.
     """
+    if jnp.asarray(mask).dtype != bool:
+        raise ValueError(f"the mask must be boolean, true where the data is known, got {jnp.asarray(mask).dtype}")
 
     def replaced(x_t, t):
         output = denoise(x_t, t)
         x_0_hat = jnp.where(mask, known, with_fraction(output)[0])
-        return (x_0_hat, output[1]) if isinstance(output, tuple) else x_0_hat
+        _check_shape("the known part", x_0_hat, x_t)
+        return with_prediction(output, x_0_hat)
 
     return replaced
 
@@ -50,41 +54,49 @@ def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> Sampl
 
     A step from t to s and the forward process back to t are together affine (eq. 18), so a round is a row and costs one network
     call. Rounds need the noise of the upper bound: with less, they take variance from the part that is not given.
-    Raises ValueError unless `times` is at least 1 and the table's steps need no x_0_hat before them.
+    Raises ValueError unless `times` is a whole number from 1 on, and the table's steps go down, need no x_0_hat before them
+    and no learned variance.
     """
-    if not times >= 1:
-        raise ValueError(f"each step must be taken at least once, got {times}")
-    if np.any(table.d):
-        raise ValueError("steps that use the x_0_hat before them cannot be taken again: use an ancestral or DDIM table")
+    if not (times >= 1 and times % 1 == 0):
+        raise ValueError(f"each step must be taken at least once, and a whole number of times, got {times}")
+    if np.any(table.d) or np.any(table.r):
+        raise ValueError("steps with a learned variance or an x_0_hat before them cannot be taken again: use ancestral or DDIM")
+    _check_goes_down(table)
     s = np.append(table.t[1:], 0)
     up = schedule.sqrt_alpha_bar[table.t] / schedule.sqrt_alpha_bar[s]
     rounds = table._replace(a=up * table.a, b=up * table.b, c=np.sqrt(1 - up**2 + (up * table.c) ** 2), r=np.zeros_like(up))
 
     def interleaved(again: np.ndarray, step: np.ndarray) -> np.ndarray:
-        rows = np.stack([again] * (times - 1) + [step], axis=1).ravel()
-        return np.delete(rows, np.s_[-times:-1])  # the last step's rounds
+        rows = np.stack([again] * (int(times) - 1) + [step], axis=1).ravel()
+        return np.delete(rows, np.s_[-int(times) : -1])  # the last step's rounds
 
     return SamplerTable(*map(interleaved, rounds, table))
 
 
 def part_way(table: SamplerTable, t: int) -> SamplerTable:
-    """The rows of a table from the first that leaves a timestep of at most t: what is left to do for an x_t noised to there.
+    """The rows of a table that leave timesteps of at most t. Begin at data noised to the first of them, which is `.t[0]`.
 
-    Raises ValueError if there is none, as for t < 1.
+    Raises ValueError if there is none, as for t < 1, or if the table's steps do not go down.
     """
-    rest = SamplerTable(*(column[table.t <= t].copy() for column in table))
+    _check_goes_down(table)
+    rest = SamplerTable(*(column[(table.t <= t) & (table.t > 0)].copy() for column in table))
     if len(rest.t) == 0:
-        raise ValueError(f"the table must have a step from t = {t} or below, and its last is from {table.t[-1]}")
+        raise ValueError(f"the table must have a step from t = {t} or below, and its last is from {table.t[table.t > 0][-1]}")
     rest.b[0] += rest.d[0]  # there is no x_0_hat before the first step
     rest.d[0] = 0
     return rest
+
+
+def _check_goes_down(table: SamplerTable) -> None:
+    if np.any(np.diff(table.t) > 0):
+        raise ValueError("the table's timesteps must go down, from noise to data; these go up")
 
 
 def encoding_table(schedule: NoiseSchedule, sampling_timesteps: int | None = None) -> SamplerTable:
     """DDIM's steps upwards, from an image to the noise that DDIM at eta = 0 takes to it (eq. 12) [Song et al. 2021, sec. 4.3].
 
     Begin at the image (`start=`); what comes out is x_T. The first step takes the image for an x_t at the lowest t above 0. The
-    way there and back is exact in the limit of many steps only.
+    way there and back is exact in the limit of many steps only. Raises ValueError on `sampling_timesteps` outside 1..T.
     """
     times = strided_timesteps(schedule.num_timesteps, sampling_timesteps)[::-1]
     a_t, s_t = (column[times] for column in (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar))
@@ -96,7 +108,12 @@ def encoding_table(schedule: NoiseSchedule, sampling_timesteps: int | None = Non
 
 
 def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: ArrayLike) -> Float[Array, "*shape"]:
-    """The point at `share` (0 to 1) of the way from x to y along a great circle, as far from 0 as noise is [Shoemake 1985]."""
+    """The point at `share` (0 to 1) of the way from x to y along a great circle, as far from 0 as noise is [Shoemake 1985].
+
+    x and y are one point each, whatever their shape, and not a batch. Raises ValueError unless `share` is one number.
+    """
+    if jnp.ndim(share) != 0:
+        raise ValueError(f"share must be one number, got the shape {jnp.shape(share)}")
     cosine = jnp.sum(x * y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))
     angle = jnp.arccos(jnp.clip(cosine, -1 + 1e-6, 1 - 1e-6))
     return (jnp.sin((1 - share) * angle) * x + jnp.sin(share * angle) * y) / jnp.sin(angle)

@@ -6,7 +6,7 @@ x^T slowly, and the filter gradient of a convolution is worse. So here
   - a product's gradient transposes x in memory first, in blocks of pixels whose products stay in cache;
   - a 3x3 convolution is one matrix product: with M[(i, c), (j, d)] = kernel[i, j, c, d], rows i and columns j of the filter,
 
-        y[h, w] = sum_j (sum_i x[h+i-1, w+j-1] M[i, j])     gather three rows, multiply, add up three columns           (1)
+        y[h, w] = sum_j (sum_i x[h+i-1, w+j-1] M[i, j])     gather three rows, multiply, add up three columns
         dx      = the same with M^T, columns gathered and rows added up;   dM = (gathered rows of x)^T (gathered columns of g)
 
     XLA's own convolution is faster for y and dx in float32 on images larger than 4x4.
@@ -109,7 +109,7 @@ _matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
 
 
 def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
-    """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge (eq. 1)."""
+    """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge."""
     return _conv3x3(x, kernel) if jax.default_backend() == "cpu" else _xla_convolution(x, kernel)
 
 

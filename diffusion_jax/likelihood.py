@@ -2,11 +2,11 @@
 
 With t and s = t - 1, and k, m and w of eq. 10, a step of ancestral sampling has the likelihood N(k x_t + m x_0_hat, c^2 I), and
 
-    -log2 p(x_0) <= L_T + L_{T-1} + ... + L_0                                       (14)  [Ho et al. 2020, eq. 5]
+    -log p(x_0) <= E[L_T + L_{T-1} + ... + L_0],  over x_t ~ q(x_t | x_0)           (14)  [Ho et al. 2020, eq. 5]
     L_T     = KL(q(x_T | x_0) || N(0, I))
     L_{t-1} = KL(N(k x_t + m x_0, w I) || N(k x_t + m x_0_hat, c^2 I))
             = (delta + e^-delta - 1 + e^-delta |x_0 - x_0_hat|^2 m^2 / w) / 2       (15)
-    L_0     = -log2 of the mass of N(x_0_hat, c^2 I) in the level of x_0, one of 256 from -1 to 1
+    L_0     = -log of the mass of N(x_0_hat, c^2 I) in the level of x_0, one of 256 from -1 to 1
 
 where delta = log(c^2 / w) is 0 for the "lower_bound" of the variance, log(beta_t / w) for the "upper_bound", and for "learned"
 what a fraction f from the network makes it:
@@ -15,7 +15,8 @@ what a fraction f from the network makes it:
 
 w is 0 at t = 1; that of t = 2 is taken there, as the authors' code does (beta_1 where T = 1).
 
-A network that learns its variance predicts a pair: the target, and f for each of its elements.
+A network that learns its variance predicts a pair: the target, and f for each of its elements. What the functions return
+is in bits, that is divided by log 2.
 """
 
 import jax
@@ -28,8 +29,10 @@ from diffusion_jax.diffusion import (
     Denoise,
     Predict,
     _as_column,
+    _check_shape,
     _draw,
     _look_up,
+    _weighted,
     convert,
     loss_at,
     posterior_coefficients,
@@ -58,13 +61,16 @@ def bound_bits(
     eps: Float[Array, "B *shape"],
     sigma_type: str = "lower_bound",
 ) -> Float[Array, " B"]:
-    """L_{t-1} of each example, in bits, with x_t from `eps`; the bound is their sum over t = 1..T, and `prior_bits` (eq. 14).
+    """L_{t-1} of each example, in bits, with x_t from `eps`; their sum over t = 1..T and `prior_bits` is the bound (eq. 14).
 
-    Raises ValueError on a `sigma_type` other than "upper_bound", "lower_bound" and "learned".
+    That is in expectation over `eps`. x_0 is one of the 256 levels, as L_0 is of those. Raises ValueError on a `sigma_type`
+    other than "upper_bound", "lower_bound" and "learned", on a wrong shape, and where "learned" meets a network without f.
     """
-    x_0_hat, fraction = with_fraction(denoise(q_sample(schedule, x_0, t, eps), t))
     if sigma_type not in ("upper_bound", "lower_bound", "learned"):
         raise ValueError(f"sigma_type must be upper_bound, lower_bound or learned for a likelihood, got {sigma_type!r}")
+    output = denoise(q_sample(schedule, x_0, t, eps), t)
+    x_0_hat, fraction = _pair(output) if sigma_type == "learned" else with_fraction(output)
+    _check_shape("x_0_hat", x_0_hat, x_0)
     fraction = {"upper_bound": 1.0, "lower_bound": 0.0}.get(sigma_type, fraction)
     return _terms(schedule, x_0, x_0_hat, t, fraction).reshape(len(x_0), -1).sum(1)
 
@@ -77,18 +83,18 @@ def hybrid_loss(
     target_type: str = "pred_eps",
     weight: Float[np.ndarray, " times"] | None = None,
 ) -> Float[Array, "B *shape"]:
-    """The l2 loss, times weight[t] if given, plus 0.001 times the bound, which moves the variances alone.
+    """Half of L_simple + 0.001 L_vlb, where the bound moves the variances alone [Nichol & Dhariwal 2021, eq. 16].
 
-    [Nichol & Dhariwal 2021, eq. 16]. Unreduced, at the t and eps of `diffusion_loss`. Raises ValueError unless the network
-    predicts a pair.
+    Half of L_simple is the l2 loss, times weight[t] if given. Unreduced, at the t and eps of `diffusion_loss`. Raises
+    ValueError on an unknown type, a table of another length, and unless the network predicts a pair.
     """
     t, eps = _draw(schedule, x_0, keys)
     x_t = q_sample(schedule, x_0, t, eps)
     prediction, fraction = _pair(predict(x_t, t))
     x_0_hat = convert(schedule, jax.lax.stop_gradient(prediction), x_t, t, target_type, "pred_x_0")
     simple = loss_at(schedule, lambda x_t, t: prediction, x_0, t, eps, target_type)
-    simple = simple if weight is None else _as_column(_look_up(weight, t), x_0.ndim) * simple
-    return simple + BOUND_WEIGHT * schedule.num_timesteps * _terms(schedule, x_0, x_0_hat, t, fraction)
+    bound = schedule.num_timesteps * _terms(schedule, x_0, x_0_hat, t, fraction)
+    return _weighted(schedule, weight, t, simple) + BOUND_WEIGHT / 2 * bound
 
 
 def bound_loss(
@@ -114,17 +120,19 @@ def importance(schedule: NoiseSchedule) -> Float[np.ndarray, " T"]:
     """Probabilities of t = 1..T under which single terms of the bound differ little, for an estimate with little variance.
 
     The best are in proportion to the root of each term's mean square [Nichol & Dhariwal 2021, eq. 18], there followed during
-    training. Here they are known beforehand: those of the best network for data N(0, I), and a tenth spread over all t.
+    training. Here they are in proportion to the terms' means, which are known beforehand for the best network for data
+    N(0, I), where E |x_0 - x_0_hat|^2 = 1 - alpha_bar_t and c^2 = beta_t; and a tenth is spread over all t.
     """
-    w, m, _ = _step_tables(schedule)
-    expected = m**2 / w * schedule.sqrt_one_minus_alpha_bar[1:] ** 2  # E |x_0 - x_0_hat|^2 = 1 - alpha_bar_t
+    _, _, log_range = _step_tables(schedule)
+    last = np.log(127.5 * np.sqrt(2 * np.pi * np.e * schedule.beta[1]))  # nats of N(0, beta_1) in levels 1 / 127.5 apart
+    expected = np.append(max(last, log_range[0] / 2), log_range[1:] / 2)
     return 0.9 * expected / expected.sum() + 0.1 / len(expected)
 
 
 def _pair(output: object) -> tuple[Array, Array]:
     if not isinstance(output, tuple):
         raise ValueError("the network must predict a pair, its target and the fraction of its variance; it predicts one array")
-    return output
+    return with_fraction(output)  # pyright: ignore[reportReturnType]
 
 
 def _step_tables(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ def timestep_embedding(t: Int[Array, "B"], dim: int, max_period: float = 10_000.
 
 
 class MLP(nn.Module):
-    """f(x_t, t) for vectors [B, in_dim]: five hidden layers of `embed_dim`, the time embedding added to the first."""
+    """f(x_t, t) for vectors [B, in_dim]: `num_layers` hidden layers of `embed_dim`, after one that takes in the time."""
 
     in_dim: int
     embed_dim: int

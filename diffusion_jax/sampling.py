@@ -24,7 +24,10 @@ SigmaType = Literal["upper_bound", "lower_bound", "zero", "learned"]
 
 
 class SamplerTable(NamedTuple):
-    """The coefficients of eq. 11, a row a step, first step first; `t` is the timestep that the step leaves."""
+    """The coefficients of eq. 11, a row a step, first step first; `t` is the timestep that the step leaves.
+
+    r is 0 but where the variance is learned.
+    """
 
     t: Int[np.ndarray, " S"]
     a: Float[np.ndarray, " S"]
@@ -85,10 +88,10 @@ def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: in
 
 
 def dpm_solver_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: int | None = None) -> SamplerTable:
-    """DPM-Solver++(2M) [Lu et al. 2022, alg. 2]: of second order, where DDIM is of first; at eta = 1 its SDE form (app. B.4).
+    """DPM-Solver++(2M) [Lu et al. 2022, alg. 2]: of second order, where DDIM is of first; at eta = 1 its SDE form (its app.).
 
     It takes DDIM's step from x_0_hat extrapolated to the middle of the step, along the line through the last two in
-    lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), with h = lambda_s - lambda_t:
+    lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), with h = lambda_s - lambda_t, and DDIM's noise for any eta:
 
         D = x_0_hat + (x_0_hat - x_0_hat_before) h / (2 h_before)                                           (13)
 
@@ -125,7 +128,7 @@ def sample(
 
     The walk begins at `start`, an x_t at the table's first t, or else at standard normal noise. Sample i depends on keys[i] and
     start[i] alone, whatever the batch size and the device count. The loop ends at the table's end or at its first row of t = 0,
-    so it has no reverse-mode gradient; `sample_trajectory` has.
+    so it has no reverse-mode gradient; `sample_trajectory` has. Raises ValueError on a `start` of another shape or of integers.
     """
     table, begin = _on_device(table), _start(keys, shape, start)
 
@@ -144,7 +147,10 @@ def sample_trajectory(
     shape: tuple[int, ...],
     start: Float[Array, "B *shape"] | None = None,
 ) -> Float[Array, "times B *shape"]:
-    """The same samples as `sample` with every x_t on the way: index 0 is x_0, the last is what the walk began with."""
+    """The same samples as `sample` with every x_t on the way: index 0 is x_0, the last is what the walk began with.
+
+    Raises ValueError as `sample` does.
+    """
 
     def step(carry, numbered_row):
         number, row = numbered_row
@@ -171,6 +177,8 @@ def _start(keys: Array, shape: tuple[int, ...], start: Array | None) -> Array:
         return _normal(keys, 0, shape)
     if start.shape != (len(keys), *shape):
         raise ValueError(f"start must have the shape {(len(keys), *shape)}, got {start.shape}")
+    if not jnp.issubdtype(start.dtype, jnp.floating):
+        raise ValueError(f"start must be of floating point, got {start.dtype}")
     return start
 
 

@@ -30,7 +30,12 @@ def create_train_state(apply_fn: Callable, params: PyTree, optimizer: optax.Grad
 
 
 def cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.Schedule:
-    """A learning rate that rises from 0 in `warmup` steps, half of `iterations` at most, and falls to 0 along a half cosine."""
+    """A learning rate that rises from 0 in `warmup` steps, half of `iterations` at most, and falls to 0 along a half cosine.
+
+    Raises ValueError on a negative `warmup`.
+    """
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, got {warmup}")
     warmup = min(warmup, iterations // 2)
     if not warmup:
         return optax.cosine_decay_schedule(learning_rate, iterations)

@@ -20,9 +20,11 @@ class UNet(nn.Module):
     Level i of `dim_scales` has two residual blocks on the way down and two on the way up, each with a skip between them, at
     1 / 2^i of the resolution; between levels the width becomes embed_dim * dim_scales[i]. Self-attention sits in the middle,
     and a long residual joins the first features to the last. `dtype` is what the layers compute in; parameters, normalization
-    statistics and the output are float32.
+    statistics and the output are float32. With `num_classes`, each example has a label from 0 on; num_classes itself, or no
+    labels at all, stands for no class, and labels that are neither give NaN.
 
-    Raises ValueError if x_t is no image, or its height or width is not a multiple of 2^(len(dim_scales) - 1).
+    Raises ValueError if x_t is no image, its height or width is not a multiple of 2^(len(dim_scales) - 1), there are labels
+    without classes, or not one for each example.
     """
 
     in_dim: int
@@ -41,11 +43,14 @@ class UNet(nn.Module):
         widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
         levels = range(len(self.dim_scales))
         check_image(x_t.shape, len(levels) - 1)
+        if labels is not None and (self.num_classes == 0 or labels.shape != t.shape):
+            raise ValueError(f"labels need num_classes and the shape {t.shape}, got {self.num_classes} and {labels.shape}")
 
         time = timestep_embedding(t, self.embed_dim)
         time = dense(4 * self.embed_dim, "time_2")(silu(dense(4 * self.embed_dim, "time_1")(time)))
         if self.num_classes:
             labels = jnp.full(len(t), self.num_classes) if labels is None else labels
+            labels = jnp.where(labels < 0, self.num_classes + 1, labels)  # which wrapped around would be a class
             time = time + nn.Embed(self.num_classes + 1, 4 * self.embed_dim, self.dtype, name="label")(labels)
         time = silu(time)
         x = first = dense(self.embed_dim, "stem")(x_t)

@@ -51,8 +51,8 @@ def trained_classifier(data: ImageData, test: ImageData) -> tuple[Classify, floa
     )
     params = _load(file)
     if params is None:
-        params = _train(data)
         file.parent.mkdir(parents=True, exist_ok=True)
+        params = _train(data)
         with file.with_suffix(f".{os.getpid()}").open("wb") as out:
             np.savez(out, **flatten_dict(params, sep="/"))  # pyright: ignore[reportArgumentType]
         os.replace(out.name, file)

@@ -2,17 +2,31 @@
 
 import contextlib
 import io
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from diffusion_jax.data import DataUnavailable
 
 Config = TypeVar("Config")
+COUNTS = ("iterations", "batch_size", "num_timesteps", "checkpoint_every", "num_samples", "num_images", "size")
+ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(COUNTS, (lambda value: value is None or value >= 1, "at least 1")),
+    **dict.fromkeys(("seed", "sample_every"), (lambda value: 0 <= value < 2**31, "between 0 and 2^31 - 1")),
+    "embed_dim": (lambda value: value >= 4 and value % 2 == 0, "even and at least 4"),
+    "dim_scales": (lambda value: min(value, default=0) >= 1, "one or more numbers of at least 1"),
+    "learning_rate": (lambda value: 0 < value < math.inf, "positive and finite"),
+    "warmup": (lambda value: value >= 0, "at least 0"),
+    "ema_decay": (lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+    "label_dropout": (lambda value: 0 < value < 1, "between 0 and 1, and neither"),
+    "bound_images": (lambda value: value >= 0, "at least 0"),
+}
 
 warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
@@ -51,6 +65,22 @@ def one_line_errors() -> Iterator[None]:
 def stop_with(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def check_values(config: Any) -> None:
+    """Raise ValueError on the first value that is not among the ALLOWED of its name."""
+    for name, value in vars(config).items():
+        if name in ALLOWED:
+            holds, allowed = ALLOWED[name]
+            require(holds(value), name, value, allowed)
+
+
+def check_output(out: Path, *suffixes: str) -> None:
+    """Raise ValueError unless `out` can be written, and ends in one of the suffixes; before the work, not after it."""
+    require(out.suffix in suffixes, "out", out, f"a file that ends in {' or '.join(suffixes)}")
+    require(out.parent.is_dir(), "out", out, "in a folder that exists")
+    writable = os.access(out if out.exists() else out.parent, os.W_OK)
+    require(writable and not out.is_dir(), "out", out, "a file that can be written")
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:

@@ -14,11 +14,11 @@ import jax
 import mnist
 import numpy as np
 from classifier import trained_classifier
-from command_line import one_line_errors, parse_command_line, require
+from command_line import check_values, one_line_errors, parse_command_line, require
 from figures import save_curves
 from judge import to_bytes
 from machine import prepare_machine
-from sample import draw_all, restored, run_config
+from saved_run import draw_all, restored, run_config
 from workdir import one_line_if_unwritable
 
 import diffusion_jax as dj
@@ -39,21 +39,26 @@ class Config:
     workdir: str = "runs/mnist"
     """The folder of the run; samplers.json and samplers.png are written there."""
     checkpoint: Literal["newest", "best"] = "newest"
+    """The best is the one that the lowest training loss led to."""
     data_dir: str | None = None
+    """A TFDS directory; by default TFDS's own."""
     num_samples: int = 2000
     """N, of generated and of training images alike."""
     calls: tuple[int, ...] = (5, 10, 20, 50)
+    """Numbers of network calls, each for every sampler."""
     all_steps: bool = False
     """Ancestral sampling of the upper bound with all T steps as well."""
     seed: int = 0
+    """Of the samples, and of which images they are compared with."""
 
 
 def main() -> None:
     prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
+        check_values(config)
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
-        require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
+        require(bool(config.calls) or config.all_steps, "calls", "none", "one or more numbers, or --all-steps")
         run = run_config(config.workdir)
         schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
         tables = {

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import mnist
 import numpy as np
-from command_line import one_line_errors, parse_command_line, require
+from command_line import check_output, check_values, one_line_errors, parse_command_line, require
 from figures import save_rows
 from jaxtyping import Array, Float, PyTree
 from machine import prepare_machine
-from sample import restored, run_config
+from saved_run import restored, run_config
 
 import diffusion_jax as dj
 from diffusion_jax.data import load_dataset, to_model_input
@@ -32,14 +32,19 @@ NOISE = (0.2, 0.4, 0.6, 0.8)
 @dataclasses.dataclass(frozen=True)
 class Config:
     what: Literal["inpaint", "interpolate", "image-to-image"] = "inpaint"
+    """What to do."""
     workdir: str = "runs/mnist"
     """The folder of the run."""
     checkpoint: Literal["newest", "best"] = "newest"
+    """The best is the one that the lowest training loss led to."""
     data_dir: str | None = None
+    """A TFDS directory; by default TFDS's own."""
     num_images: int = 6
+    """The first images of the test split."""
     sampling_timesteps: int | None = None
     """Steps from noise to image; by default 100, or all T of the run if they are fewer."""
     seed: int = 0
+    """Of the noise."""
     out: str | None = None
     """A .png; by default named after what is done."""
 
@@ -49,12 +54,13 @@ def main() -> None:
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
         out = Path(config.out or f"{config.what}.png")
-        require(config.num_images >= 1, "num_images", config.num_images, "at least 1")
-        require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
-        require(out.suffix == ".png" and out.parent.is_dir(), "out", out, "a .png in a folder that exists")
+        check_values(config)
+        check_output(out, ".png")
         run = run_config(config.workdir)
         schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
         steps = min(100, run.num_timesteps) if config.sampling_timesteps is None else config.sampling_timesteps
+        enough = config.what != "image-to-image" or steps >= 5
+        require(enough, "sampling_timesteps", steps, "at least 5 for image-to-image, which begins a fifth of the way up")
         make_table = dj.ddim_table if config.what == "interpolate" else dj.ancestral_table
         table = make_table(schedule, sampling_timesteps=steps)
         images = load_dataset(run.dataset, config.data_dir, "test").images[: config.num_images + 1]

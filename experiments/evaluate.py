@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import mnist
 import numpy as np
 from classifier import trained_classifier
-from command_line import one_line_errors, parse_command_line, require
+from command_line import check_values, one_line_errors, parse_command_line, require
 from figures import save_bound_figure
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float
 from judge import as_table, judge
 from machine import prepare_machine
-from sample import check_guidance, draw_all, restored, run_config, sampler_table
+from saved_run import check_guidance, draw_all, restored, run_config, sampler_table
 from tqdm import tqdm
 from workdir import one_line_if_unwritable
 
 import diffusion_jax as dj
-from diffusion_jax.data import load_dataset, to_model_input
+from diffusion_jax.data import ImageData, load_dataset, to_model_input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,15 @@ class Config:
     workdir: str = "runs/mnist"
     """The folder of the run; evaluation.json and bound.png are written there."""
     checkpoint: Literal["newest", "best"] = "newest"
+    """The best is the one that the lowest training loss led to."""
     data_dir: str | None = None
+    """A TFDS directory; by default TFDS's own."""
     num_samples: int = 10_000
     """N, of generated images, of training images and of test images alike (fewer where there are fewer)."""
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default 50, or all T of the run if they are fewer."""
     sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"
+    """As in sample.py."""
     eta: float = 0.0
     """For ddim and dpm_solver: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
     guidance_scale: float = 1.0
@@ -45,15 +48,15 @@ class Config:
     bound_images: int = 20
     """Test images at each t, for the variational bound, and ten times as many at t <= 10; 0 leaves it out."""
     seed: int = 0
+    """Of the samples, and of which images they are compared with."""
 
 
 def main() -> None:
     prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
+        check_values(config)
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
-        require(config.bound_images >= 0, "bound_images", config.bound_images, "at least 0")
-        require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
         run = run_config(config.workdir)
         check_guidance(run, config.guidance_scale)
         schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
@@ -74,7 +77,7 @@ def main() -> None:
     }  # fmt: skip
     bits = None
     if config.bound_images:
-        bits, results["bits_per_dim_error"] = bound(config, run, schedule, state, test.images)
+        bits, results["bits_per_dim_error"] = bound(config, run, schedule, state, test)
         results["bits_per_dim"] = float(bits.sum())
     with one_line_if_unwritable(Path(config.workdir)):
         (Path(config.workdir) / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -85,29 +88,26 @@ def main() -> None:
 
 
 def bound(
-    config: Config, run: mnist.Config, schedule: dj.NoiseSchedule, state: dj.TrainState, images: UInt8[np.ndarray, "N 28 28 1"]
+    config: Config, run: mnist.Config, schedule: dj.NoiseSchedule, state: dj.TrainState, data: ImageData
 ) -> tuple[Float[np.ndarray, " T+1"], float]:
     """The terms of the variational bound, L_0, ..., L_{T-1} and L_T, and the standard error of their sum, by images drawn at
-    random for each of them; in bits per dimension of a 28x28 image."""
+    random for each of them; in bits per dimension of a 28x28 image. Of a conditional run, given the class."""
     sigma_type = "lower_bound" if run.sigma_type == "zero" else run.sigma_type
     key = jax.random.key(config.seed)
 
     @jax.jit
-    def term(params, x_0, t, key):
-        denoise = mnist.make_denoiser(run, schedule, params)
+    def term(params, images, labels, t, key):
+        x_0, denoise = to_model_input(images), mnist.make_denoiser(run, schedule, params, labels)
         eps = jax.random.normal(key, x_0.shape)
         return dj.bound_bits(schedule, denoise, x_0, jnp.full(len(x_0), t), eps, sigma_type)
 
     rng, terms = np.random.default_rng(config.seed), []
     for t in tqdm(range(1, run.num_timesteps + 1), "bound", unit="t"):
-        chosen = images[rng.integers(len(images), size=config.bound_images * (10 if t <= 10 else 1))]
-        terms.append(term(state.ema_params, to_model_input(jnp.asarray(chosen)), t, jax.random.fold_in(key, t)))
-    terms = [np.asarray(bits, np.float64) / images[0].size for bits in (*terms, prior_bits(schedule, images))]
+        chosen = rng.integers(len(data.images), size=config.bound_images * (10 if t <= 10 else 1))
+        terms.append(term(state.ema_params, data.images[chosen], data.labels[chosen], t, jax.random.fold_in(key, t)))
+    prior = dj.prior_bits(schedule, to_model_input(jnp.asarray(data.images[:1000])))
+    terms = [np.asarray(bits, np.float64) / data.images[0].size for bits in (*terms, prior)]
     return np.array([bits.mean() for bits in terms]), float(np.sqrt(sum(bits.var() / len(bits) for bits in terms)))
-
-
-def prior_bits(schedule: dj.NoiseSchedule, images: UInt8[np.ndarray, "N 28 28 1"]) -> Array:
-    return dj.prior_bits(schedule, to_model_input(jnp.asarray(images[:1000])))
 
 
 if __name__ == "__main__":

@@ -31,11 +31,6 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
     return picture[..., 0] if channels == 1 else picture
 
 
-def save_grid(file: Path, samples: np.ndarray) -> None:
-    """Samples in [-1, 1] as a nearly square grid."""
-    Image.fromarray(grid(samples)).save(file)
-
-
 def save_picture(file: Path, picture: np.ndarray) -> None:
     """Bytes [H, W] or [H, W, 3]."""
     Image.fromarray(picture).save(file)

@@ -4,15 +4,16 @@ python experiments/folder.py --folder ~/pictures --size 32
 """
 
 import dataclasses
-import math
 import sys
+import zlib
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command_line import one_line_errors, parse_command_line, require
+import tyro
+from command_line import check_values, one_line_errors, parse_command_line, require
 from figures import grid, save_picture
 from jaxtyping import UInt8
 from loop import train_in
@@ -37,40 +38,52 @@ class Config:
     size: int = 32
     """Height and width to which they are cut and scaled."""
     iterations: int = 2000
+    """Training steps."""
     batch_size: int = 32
+    """Images a step, over all devices."""
     embed_dim: int = 32
+    """Channels at the full resolution."""
     dim_scales: tuple[int, ...] = (1, 2, 4, 8)
+    """Channels of each level, as multiples of embed_dim; the image is halved between levels."""
     num_timesteps: int = 500
+    """T, the steps of the forward process."""
     learning_rate: float = 2e-3
+    """Adam's, at the start of its cosine decay."""
     seed: int = 0
+    """Of all that is random."""
     workdir: str = "runs/folder"
     """Where the run is kept. The same command continues it."""
     checkpoint_every: int = 200
+    """Steps between checkpoints."""
     sample_every: int = 500
-    """Steps between pictures of samples."""
+    """Steps between pictures of samples; 0 for none."""
     num_samples: int = 16
+    """Samples in each picture."""
 
 
 def main() -> None:
     prepare_machine()
     with one_line_errors():
-        config = parse_command_line(Config("."), __doc__)
-        for name in ("size", "iterations", "batch_size", "num_timesteps", "checkpoint_every", "sample_every", "num_samples"):
-            require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
-        require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
-        require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
+        config = parse_command_line(Config(tyro.MISSING), __doc__)
+        check_values(config)
+        folder = Path(config.folder).expanduser().resolve()
+        apart = folder not in (Path(config.workdir).resolve(), *Path(config.workdir).resolve().parents)
+        require(
+            apart, "workdir", config.workdir, f"outside of --folder {config.folder}, or the run would learn its own samples"
+        )
         check_divisible(config.batch_size, jax.device_count())
         shape = (config.size, config.size, 3)
         check_image((1, *shape), len(config.dim_scales) - 1)
         schedule = dj.cosine_schedule(config.num_timesteps)
         table = dj.dpm_solver_table(schedule, 1.0, min(SAMPLING_TIMESTEPS, config.num_timesteps))
-        images = read_images(config.folder, config.size)
+        images = read_images(folder, config.size)
         init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
         network = dj.UNet(3, config.embed_dim, config.dim_scales)
         params = jax.jit(network.init)(init_key, jnp.zeros((1, *shape)), jnp.ones(1, jnp.int32))["params"]
         optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations, config.iterations // 20)
         state = dj.create_train_state(network.apply, params, optimizer)
-        workdir = open_workdir(config, may_differ={"workdir", "folder", "checkpoint_every", "sample_every", "num_samples"})
+        may_differ = {"workdir", "folder", "checkpoint_every", "sample_every", "num_samples"}
+        workdir = open_workdir(config, may_differ, images=zlib.crc32(images.tobytes()))
     print(f"{len(images):,} images of {config.folder}, in {workdir}", file=sys.stderr)
 
     weight = dj.min_snr_weight(schedule, TARGET_TYPE)
@@ -98,7 +111,8 @@ def main() -> None:
         return grid(np.asarray(draw(state.ema_params, dj.example_keys(sample_key, jnp.arange(config.num_samples)))))
 
     def pictures(state: dj.TrainState, step: int) -> dict[str, np.ndarray]:
-        return {} if step % config.sample_every or step == config.iterations else {"samples": samples(state)}
+        due = config.sample_every and step % config.sample_every == 0 and step < config.iterations
+        return {} if not due else {"samples": samples(state)}
 
     state = train_in(workdir, config, state, next_step, pictures)
     with one_line_if_unwritable(workdir):
@@ -106,18 +120,28 @@ def main() -> None:
     print(f"wrote {workdir / 'samples.png'}")
 
 
-def read_images(folder: str, size: int) -> UInt8[np.ndarray, "N size size 3"]:
+def read_images(folder: Path, size: int) -> UInt8[np.ndarray, "N size size 3"]:
     """Each image in `folder`, the middle square of it. Raises ValueError where there is none, or one cannot be read."""
-    files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     require(bool(files), "folder", folder, f"a folder with images ({', '.join(sorted(SUFFIXES))})")
     images = []
     for file in files:
         try:
             with Image.open(file) as image:
-                images.append(np.asarray(ImageOps.fit(image.convert("RGB"), (size, size))))
-        except (OSError, ValueError) as problem:
+                images.append(as_square(image, size))
+        except (OSError, ValueError, Image.DecompressionBombError) as problem:
             raise ValueError(f"{file} cannot be read as an image ({problem})") from None
     return np.stack(images)
+
+
+def as_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Upright, on white where it is transparent, and 16 bits of grey as 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
 
 
 if __name__ == "__main__":

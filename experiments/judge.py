@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from classifier import Classify, trained_classifier
-from command_line import one_line_errors, parse_command_line, require
+from command_line import check_values, one_line_errors, parse_command_line, require
 from jaxtyping import Float, Int, UInt8
 from machine import prepare_machine
 from tqdm import tqdm
@@ -24,10 +25,11 @@ from diffusion_jax.data import DatasetName, ImageData, load_dataset
 @dataclasses.dataclass(frozen=True)
 class Config:
     samples: str
-    """A .npy of float32 [N, 32, 32, 1] in [-1, 1], as sample.py writes it; beside it goes a .json."""
+    """A .npy of float32 [N, 32, 32, 1] in [-1, 1], as sample.py writes it; beside x.npy goes x.judged.json."""
     dataset: DatasetName = "auto"
     """What they should look like."""
     data_dir: str | None = None
+    """A TFDS directory; by default TFDS's own."""
     seed: int = 0
     """Of the training images that they are compared with, as many as they are."""
 
@@ -35,14 +37,14 @@ class Config:
 def main() -> None:
     prepare_machine()
     with one_line_errors():
-        config = parse_command_line(Config(""), __doc__)
-        require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
+        config = parse_command_line(Config(tyro.MISSING), __doc__)
+        check_values(config)
         samples = read_samples(config.samples)
         train, test = (load_dataset(config.dataset, config.data_dir, split) for split in ("train", "test"))
         classify, accuracy = trained_classifier(train, test)
     results = {"classifier_accuracy": accuracy, "seed": config.seed, **judge(samples, train, test, classify, config.seed)}
     with one_line_errors():
-        file = Path(config.samples).with_suffix(".json")
+        file = Path(config.samples).with_suffix(".judged.json")
         file.write_text(json.dumps(results, indent=2) + "\n")
     print(as_table(results))
     print(f"wrote {file}", file=sys.stderr)
@@ -51,11 +53,13 @@ def main() -> None:
 def read_samples(file: str) -> Float[np.ndarray, "N 32 32 1"]:
     try:
         samples = np.asarray(np.load(file, allow_pickle=False))
-    except (ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         samples = np.zeros(0)
     right = samples.shape[1:] == (32, 32, 1) and samples.dtype.kind == "f" and len(samples) >= 100
     require(right, "samples", file, "a .npy of at least 100 float images [N, 32, 32, 1]")
     require(bool(np.isfinite(samples).all()), "samples", file, "finite everywhere")
+    low, high = samples.min(), samples.max()
+    require(-3 < low < -0.3 and high < 3, "samples", file, f"in [-1, 1], where -1 is black, and these are from {low} to {high}")
     return samples
 
 

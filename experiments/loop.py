@@ -17,7 +17,7 @@ from events import open_events
 from figures import save_picture
 from processes import failing_together, from_first_process, is_first_process, largest_of_all
 from tqdm import tqdm
-from workdir import append_rows, one_line_if_unwritable, resume
+from workdir import append_rows, losses_between, one_line_if_unwritable, resume
 
 from diffusion_jax.checkpoints import open_checkpoints, save
 from diffusion_jax.training import TrainState
@@ -49,12 +49,20 @@ def train_in(
         start = int(state.step)
         with failing_together():
             events = open_events(workdir, start) if first else lambda *_: None
+        if first:
+            losses = losses_between(workdir, start - start % config.checkpoint_every, start)
         if start and first:
             print(f"resuming {workdir} at step {start} of {config.iterations}", file=sys.stderr)
         with progress_bar(start, config.iterations) as bar:
             for step in range(start + 1, config.iterations + 1):
                 state, metrics = step_fn(state, step - 1)
                 pending.append((step, metrics))
+                if drawn := pictures(state, step):  # before the save that covers them
+                    with failing_together():
+                        if checkpoints:
+                            for name, picture in drawn.items():
+                                save_picture(workdir / f"{name}_{step:06d}.png", picture)
+                            events(step, {}, drawn)
                 due = step == config.iterations or step % config.checkpoint_every == 0
                 logged = due or step % LOG_EVERY == 0
                 if logged or jax.process_count() == 1:
@@ -79,12 +87,6 @@ def train_in(
                     losses = [] if due or stop else losses
                 if stop:
                     break
-                if drawn := pictures(state, step):
-                    with failing_together():
-                        if checkpoints:
-                            for name, picture in drawn.items():
-                                save_picture(workdir / f"{name}_{step:06d}.png", picture)
-                            events(step, {}, drawn)
         with failing_together():
             checkpoints.wait_until_finished() if checkpoints else None
         stop = largest_of_all(requests[0] if requests else 0)

@@ -26,6 +26,7 @@ from workdir import one_line_if_unwritable, open_workdir
 
 import diffusion_jax as dj
 from diffusion_jax.data import ImageData, batch_indices, load_dataset, to_model_input
+from diffusion_jax.diffusion import Denoise, Predict
 from diffusion_jax.training import check_divisible, replicate
 
 IMAGE_SHAPE = (32, 32, 1)
@@ -48,7 +49,6 @@ def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
 
 def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: Key[Array, ""]) -> Callable:
     """step(state, number) -> (state, metrics), on all devices, with the data set kept on them as bytes."""
-    network = make_network(config)
     weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
     losses = {
         "hybrid": partial(dj.hybrid_loss, weight=weight),
@@ -60,7 +60,7 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
         x_0, labels = batch
         dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), config.label_dropout))(keys)
         labels = jnp.where(dropped, NUM_CLASSES, labels)
-        predict = lambda x_t, t: network.apply({"params": params}, x_t, t, labels)  # noqa: E731
+        predict = apply_to(config, params, labels)
         return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type)
 
     def step(state, images, labels, indices, examples, mean_over_devices):
@@ -78,16 +78,20 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
     )
 
 
+def apply_to(config: Config, params: PyTree, labels: Array | None) -> Predict:
+    """The run's network as predict(x_t, t), for images of these labels, of which NUM_CLASSES or None is of no class; where the
+    run is not conditional they do not matter."""
+    labels = labels if config.conditional else None
+    return lambda x_t, t: make_network(config).apply({"params": params}, x_t, t, labels)
+
+
 def make_denoiser(
     config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None = None, guidance_scale: float = 1.0
-) -> dj.Denoise:
-    """The run's network as denoise(x_t, t), for images of these labels; NUM_CLASSES is the label of none in particular."""
-    network = make_network(config)
-    predict = unconditional = partial(network.apply, {"params": params})
-    if labels is not None:
-        predict = lambda x_t, t: network.apply({"params": params}, x_t, t, labels)  # noqa: E731
+) -> Denoise:
+    """The run's network as denoise(x_t, t), for images of these labels."""
+    predict = apply_to(config, params, labels)
     if guidance_scale != 1:
-        predict = dj.guided(predict, unconditional, guidance_scale)
+        predict = dj.guided(predict, apply_to(config, params, None), guidance_scale)
     return dj.make_denoiser(schedule, predict, config.target_type, clip=1.0)
 
 
@@ -121,7 +125,7 @@ def make_sampler(
 
 
 def labels_in_turn(config: Config, count: int) -> np.ndarray:
-    """0, 1, ..., 9, 0, 1, ... for a conditional run, and for another the label of none in particular."""
+    """0, 1, ..., 9, 0, 1, ... for a conditional run, and for another the label of no class."""
     return np.arange(count) % NUM_CLASSES if config.conditional else np.full(count, NUM_CLASSES)
 
 

@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import math
 from typing import Literal
 
 import jax
-from command_line import require
+from command_line import check_values, require
 
 from diffusion_jax.data import DatasetName
 from diffusion_jax.diffusion import TargetType
@@ -16,14 +15,16 @@ from diffusion_jax.sampling import SigmaType
 @dataclasses.dataclass(frozen=True)
 class Config:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """"paper" is the published recipe, "improved" does better at the same cost (measured at embed_dim 16), "small" is that for
-    two CPU cores; "auto" is small where there is only a CPU, else paper."""
+    """"paper" is the published recipe; "improved" is better at the same cost (docs/quality.md); "small" is "improved" at a size
+    that two CPU cores train in minutes; "auto" is small where there is only a CPU, else paper."""
     dataset: DatasetName = "auto"
     """"auto" is MNIST, or scikit-learn's digits where MNIST is neither prepared nor within reach."""
     data_dir: str | None = None
     """A TFDS directory; by default TFDS's own."""
     iterations: int = 2000
+    """Training steps."""
     batch_size: int = 512
+    """Images a step, over all devices."""
     embed_dim: int = 128
     """Channels at the full resolution."""
     dim_scales: tuple[int, ...] = (1, 2, 4, 8)
@@ -36,14 +37,15 @@ class Config:
     """The variance of ancestral sampling; learned goes with the losses hybrid and bound, and with pred_eps and pred_v, whose
     errors in x_0 fall with the noise: those of pred_x_0 at small t drown the rest of the bound."""
     noise_schedule_type: Literal["linear", "cosine"] = "cosine"
+    """That of Ho et al. (2020), or of Nichol & Dhariwal (2021)."""
     loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
-    """hybrid is l2 and the variational bound of the variances, bound is the variational bound (Nichol & Dhariwal 2021)."""
+    """hybrid is l2 and the variational bound of learned variances, bound is the bound alone (Nichol & Dhariwal 2021)."""
     loss_weighting: Literal["none", "min_snr"] = "none"
     """Of the timesteps, in all losses but the bound; min_snr is that of Hang et al. (2023)."""
     conditional: bool = False
     """Learn the classes, for samples of a class that is asked for."""
     label_dropout: float = 0.1
-    """The share of examples that a conditional run sees without their class, for guidance."""
+    """The share of images that a conditional run sees without their class, for guidance."""
     learning_rate: float = 1e-3
     """Adam's, at the start of its cosine decay."""
     warmup: int = 0
@@ -53,14 +55,17 @@ class Config:
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in; parameters are float32."""
     seed: int = 0
+    """Of the parameters, the order of the images, all noise, and the samples."""
     workdir: str = "runs/mnist"
     """Where the run is kept. The same command continues it."""
     checkpoint_every: int = 100
+    """Steps between checkpoints."""
     sample_every: int = 500
     """Steps between sample grids written during training; 0 for none."""
     sampling_timesteps: int | None = None
     """Steps of the final figure's samples; by default all T."""
     num_samples: int = 20
+    """Samples in each grid and in the figure."""
     distributed: bool = False
     """One process of several that train together."""
 
@@ -84,23 +89,14 @@ PRESETS = {
 
 def choose_preset(args: list[str]) -> str:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="auto")
+    parser.add_argument("--preset", nargs="?", default="auto")
     preset = parser.parse_known_args(args)[0].preset
     return preset if preset in PRESETS else "small" if jax.default_backend() == "cpu" else "paper"
 
 
 def check(config: Config) -> None:
     """Raise ValueError on the first value that no run can have."""
-    for name in ("iterations", "batch_size", "num_timesteps", "checkpoint_every", "num_samples"):
-        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
-    for name in ("seed", "sample_every"):
-        require(0 <= getattr(config, name) < 2**31, name, getattr(config, name), "between 0 and 2^31 - 1")
-    require(config.embed_dim >= 4 and config.embed_dim % 2 == 0, "embed_dim", config.embed_dim, "even and at least 4")
-    require(min(config.dim_scales, default=0) >= 1, "dim_scales", config.dim_scales, "one or more numbers of at least 1")
-    require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
-    require(config.warmup >= 0, "warmup", config.warmup, "at least 0")
-    require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
-    require(0 <= config.label_dropout <= 1, "label_dropout", config.label_dropout, "between 0 and 1")
+    check_values(config)
     losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1")
     scaled = config.sigma_type != "learned" or config.target_type != "pred_x_0"
     require(scaled, "target_type", config.target_type, "pred_eps or pred_v with --sigma-type learned")

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from command_line import one_line_errors, parse_command_line, require
+from command_line import check_output, check_values, one_line_errors, parse_command_line
 from figures import save_schedules_figure
 from mnist import SCHEDULES
 
@@ -24,8 +24,8 @@ def main() -> None:
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
         out = Path(config.out)
-        require(config.num_timesteps >= 1, "num_timesteps", config.num_timesteps, "at least 1")
-        require(out.suffix == ".png" and out.parent.is_dir(), "out", out, "a .png in a folder that exists")
+        check_values(config)
+        check_output(out, ".png")
         save_schedules_figure(out, {name: make(config.num_timesteps) for name, make in SCHEDULES.items()})
     print(f"wrote {out}", file=sys.stderr)
 

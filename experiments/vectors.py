@@ -1,14 +1,13 @@
 """Train a small MLP on vectors that a function draws; what mixture.py and coins.py have in common."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from command_line import require
+from command_line import check_values
 from jaxtyping import Array, Float, Key
 from loop import train_in
 from workdir import open_workdir
@@ -29,27 +28,18 @@ class Config:
     checkpoint_every: int = 1000
 
 
-def check(config: Config) -> None:
-    """Raise ValueError on the first value that no run can have."""
-    for name in ("iterations", "batch_size", "checkpoint_every"):
-        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
-    require(0 < config.learning_rate < math.inf, "learning_rate", config.learning_rate, "positive and finite")
-    require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "at least 0 and less than 1")
-    require(0 <= config.seed < 2**31, "seed", config.seed, "between 0 and 2^31 - 1")
-
-
 def set_up(
     config: Config, draw: Callable[[Key[Array, ""]], Float[Array, " d"]], schedule: dj.NoiseSchedule, target_type: str
 ) -> tuple[Path, Callable[[], Callable[[Array, Array], Array]]]:
     """The run's folder, and train() -> predict(x_t, t) with the averaged parameters; `draw(key)` is one vector of the data."""
-    check(config)
+    check_values(config)
     dim = draw(jax.random.key(0)).shape[0]
     network = dj.MLP(dim, config.embed_dim)
     init_key, train_key = jax.random.split(jax.random.key(config.seed), 4)[:2]
     params = jax.jit(network.init)(init_key, jnp.zeros((1, dim)), jnp.ones(1, jnp.int32))["params"]
     optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations)
     state = dj.create_train_state(network.apply, params, optimizer)
-    workdir = open_workdir(config, may_differ={"workdir", "checkpoint_every"})
+    workdir = open_workdir(config, may_differ={"workdir", "checkpoint_every"}, data=draw.__name__)
 
     def loss_fn(params, x_0, keys):
         return dj.diffusion_loss(schedule, partial(network.apply, {"params": params}), x_0, keys, target_type)

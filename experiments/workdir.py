@@ -20,13 +20,14 @@ from diffusion_jax.checkpoints import UNFINISHED, restore_latest
 from diffusion_jax.training import TrainState
 
 
-def open_workdir(config: Any, may_differ: Collection[str]) -> Path:
+def open_workdir(config: Any, may_differ: Collection[str], **more: str | int) -> Path:
     """The folder `config.workdir`, made now, or found to hold a run that agrees with `config` but for the fields `may_differ`.
 
+    config.json has `more` beside the config: what a run is, and no option says.
     It is this process's until it ends. Raises ValueError, and touches nothing, if it holds another run or anything that is not
     a run, or if another process is at work in it.
     """
-    workdir, wanted = Path(config.workdir), json.loads(json.dumps(dataclasses.asdict(config)))
+    workdir, wanted = Path(config.workdir), json.loads(json.dumps(dataclasses.asdict(config) | more))
     if (workdir / "config.json").exists():
         _check_same_run(workdir, wanted, may_differ)
     elif workdir.exists() and (not workdir.is_dir() or set(os.listdir(workdir)) - {"config.json.new", "lock"}):
@@ -96,6 +97,15 @@ def keep_rows(workdir: Path, count: int) -> None:
         warnings.warn(f"{file} lacks rows of steps up to {count}", stacklevel=2)
     file.with_suffix(".new").write_text("".join(lines[: count + 1] if count else []))
     os.replace(file.with_suffix(".new"), file)
+
+
+def losses_between(workdir: Path, start: int, stop: int) -> list[float]:
+    """The loss of the steps after `start` up to `stop`, as metrics.csv has them."""
+    file = workdir / "metrics.csv"
+    if start == stop or not file.exists():
+        return []
+    with file.open() as lines:
+        return [float(row["loss"]) for row in csv.DictReader(lines) if start < int(row["step"]) <= stop]
 
 
 def append_rows(workdir: Path, rows: list[dict[str, Any]]) -> None:

@@ -35,8 +35,9 @@ def test_guidance_is_the_same_for_every_target_and_keeps_the_variance_of_the_cla
     results = []
     for target_type in ("pred_x_0", "pred_eps", "pred_v"):
         say = lambda x_0, f, kind=target_type: lambda x, t: (dj.convert(SCHEDULE, x_0, x, t, "pred_x_0", kind), f)  # noqa: E731
-        x_0_hat, f = dj.make_denoiser(SCHEDULE, dj.guided(say(of_class, 0.7), say(of_none, 0.1), 2.5), target_type)(x_t, t)
-        assert f == 0.7
+        network = dj.guided(say(of_class, jnp.full((1, 2), 0.7)), say(of_none, jnp.full((1, 2), 0.1)), 2.5)
+        x_0_hat, f = dj.make_denoiser(SCHEDULE, network, target_type)(x_t, t)
+        np.testing.assert_array_equal(f, np.full((1, 2), 0.7, np.float32))
         results.append(x_0_hat)
     np.testing.assert_allclose(results, [of_none + 2.5 * (of_class - of_none)] * 3, atol=1e-5)
 
@@ -63,24 +64,56 @@ def test_rounds_of_inpainting_lead_to_the_law_of_the_rest_given_what_is_known():
     assert errors[1][1] < 0.02 < errors[0][1]
 
 
-@pytest.mark.parametrize("make", [lambda: dj.ddim_table(SCHEDULE, 1.0, 7), lambda: dj.ddim_table(SCHEDULE, 0.0, 7)])
-def test_a_round_keeps_the_forward_marginal(make):
+KEEPING = {
+    "lower bound": dj.ancestral_table(SCHEDULE, "lower_bound", 7),
+    "ddim 0": dj.ddim_table(SCHEDULE, 0.0, 7),
+    "ddim 0.5": dj.ddim_table(SCHEDULE, 0.5, 7),
+}
+
+
+@pytest.mark.parametrize("table", KEEPING.values(), ids=KEEPING)
+def test_what_is_known_is_as_noisy_on_the_way_as_the_forward_process_has_it(table):
+    known, alpha_bar = jnp.full((1, 20000), 1.5), SCHEDULE.alpha_bar[np.append(table.t, 0)][::-1]
+    denoise = dj.inpainting(lambda x_t, t: x_t, known, True)
+    path = dj.sample_trajectory(denoise, table, jax.random.split(jax.random.key(0), 1), known.shape[1:])[:, 0]
+    np.testing.assert_allclose(path.mean(1), 1.5 * alpha_bar**0.5, atol=0.03)
+    np.testing.assert_allclose(path.var(1), 1 - alpha_bar, atol=0.03)
+
+
+@pytest.mark.parametrize("made", KEEPING.values(), ids=KEEPING)
+def test_a_round_keeps_the_forward_marginal(made):
     """A round goes from t to t, so if x_0 is a known point, from q(x_t | x_0) to q(x_t | x_0)."""
-    table = dj.resampled(SCHEDULE, make(), 3)
-    assert list(table.t) == [t for t in make().t[:-1] for _ in range(3)] + [make().t[-1]]
+    table = dj.resampled(SCHEDULE, made, 3)
+    assert list(table.t) == [t for t in made.t[:-1] for _ in range(3)] + [made.t[-1]]
     rounds = np.arange(len(table.t)) % 3 != 2
     rounds[-1] = False
     a, b, c, alpha_bar = table.a[rounds], table.b[rounds], table.c[rounds], SCHEDULE.alpha_bar[table.t[rounds]]
     np.testing.assert_allclose(a * alpha_bar**0.5 + b, alpha_bar**0.5, rtol=1e-12)
     np.testing.assert_allclose(a**2 * (1 - alpha_bar) + c**2, 1 - alpha_bar, rtol=1e-9)
-    np.testing.assert_array_equal(np.stack(table)[:, ~rounds], np.stack(make()))
+    np.testing.assert_array_equal(np.stack(table)[:, ~rounds], np.stack(made))
 
 
 def test_what_cannot_be_resampled_or_started_is_named():
-    with pytest.raises(ValueError, match="at least once, got 0"):
+    with pytest.raises(ValueError, match="at least once, and a whole number of times, got 0"):
         dj.resampled(SCHEDULE, dj.ddim_table(SCHEDULE), 0)
-    with pytest.raises(ValueError, match="ancestral or DDIM"):
-        dj.resampled(SCHEDULE, dj.dpm_solver_table(SCHEDULE), 2)
+    with pytest.raises(ValueError, match=r"whole number of times, got 1\.5"):
+        dj.resampled(SCHEDULE, dj.ddim_table(SCHEDULE), 1.5)  # pyright: ignore[reportArgumentType]
+    for table in (dj.dpm_solver_table(SCHEDULE), dj.ancestral_table(SCHEDULE, "learned")):
+        with pytest.raises(ValueError, match="ancestral or DDIM"):
+            dj.resampled(SCHEDULE, table, 2)
+    for change in (lambda table: dj.resampled(SCHEDULE, table, 2), lambda table: dj.part_way(table, 30)):
+        with pytest.raises(ValueError, match="must go down"):
+            change(dj.encoding_table(SCHEDULE, 4))
+    with pytest.raises(ValueError, match="from t = 0 or below, and its last is from 10"):
+        dj.part_way(dj.padded(dj.ddim_table(SCHEDULE, 0.0, 6), 9), 0)
+    with pytest.raises(ValueError, match="must be boolean, true where the data is known, got float32"):
+        dj.inpainting(best_denoise, jnp.zeros(2), jnp.array([0.1, 0.9]))
+    with pytest.raises(ValueError, match=r"known part must have the shape of the data, \(2, 1\), got \(2, 3\)"):
+        dj.inpainting(lambda x, t: x, jnp.zeros((2, 3)), True)(jnp.zeros((2, 1)), jnp.ones(2, int))
+    with pytest.raises(ValueError, match=r"share must be one number, got the shape \(3,\)"):
+        dj.spherical(jnp.ones(3), jnp.arange(3.0), jnp.ones(3))
+    with pytest.raises(ValueError, match="start must be of floating point, got int32"):
+        dj.sample(lambda x, t: x, dj.ddim_table(SCHEDULE), jax.random.split(jax.random.key(0)), (1,), jnp.ones((2, 1), int))
     with pytest.raises(ValueError, match="from t = 0 or below, and its last is from 1"):
         dj.part_way(dj.ddim_table(SCHEDULE), 0)
     with pytest.raises(ValueError, match=r"start must have the shape \(2, 3\), got \(2, 1\)"):

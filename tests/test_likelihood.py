@@ -129,7 +129,7 @@ def drawn(x_0, keys):
     return t.astype(int), eps
 
 
-def test_the_hybrid_loss_is_the_squared_loss_and_a_thousandth_of_the_bound(keys):
+def test_twice_the_hybrid_loss_is_the_squared_error_and_a_thousandth_of_the_bound(keys):
     x_0 = jnp.linspace(-1, 1, 24).reshape(8, 3)
     t, eps = drawn(x_0, keys)
     assert len(np.unique(t)) > 2
@@ -137,7 +137,7 @@ def test_the_hybrid_loss_is_the_squared_loss_and_a_thousandth_of_the_bound(keys)
     hybrid = dj.hybrid_loss(SCHEDULE, predict, x_0, keys, "pred_v")
     squared = dj.loss_at(SCHEDULE, lambda x_t, t: jnp.tanh(x_t), x_0, t, eps, "pred_v")
     bits = dj.bound_bits(SCHEDULE, dj.make_denoiser(SCHEDULE, predict, "pred_v"), x_0, t, eps, "learned")
-    np.testing.assert_allclose((hybrid - squared).sum(1), 1e-3 * 6 * bits, rtol=1e-2, atol=1e-6)
+    np.testing.assert_allclose(2 * (hybrid - squared).sum(1), 1e-3 * 6 * bits, rtol=1e-2, atol=1e-6)
     weight = np.linspace(0.5, 2, 7)
     weighted = dj.hybrid_loss(SCHEDULE, predict, x_0, keys, "pred_v", weight)
     np.testing.assert_allclose(weighted - hybrid, (weight[t] - 1)[:, None] * squared, rtol=1e-3, atol=1e-6)
@@ -194,3 +194,20 @@ def test_gradients_of_the_bound_are_finite_however_wrong_the_network_is(keys):
 def test_a_network_without_a_variance_is_refused(loss, keys):
     with pytest.raises(ValueError, match="must predict a pair"):
         loss(SCHEDULE, lambda x_t, t: x_t, jnp.zeros((8, 2)), keys)
+    with pytest.raises(ValueError, match=r"a pair of one shape, got \[\(8, 2\), \(8, 1\)\]"):
+        loss(SCHEDULE, lambda x_t, t: (x_t, x_t[:, :1]), jnp.zeros((8, 2)), keys)
+
+
+@pytest.mark.parametrize("loss", [dj.diffusion_loss, dj.hybrid_loss])
+def test_weights_for_other_timesteps_are_refused(loss, keys):
+    for length in (6, 8):
+        with pytest.raises(ValueError, match=rf"weight must have the shape \(7,\), for t = 0\.\.T, got \({length},\)"):
+            loss(SCHEDULE, lambda x_t, t: (x_t, x_t), jnp.zeros((8, 2)), keys, weight=np.ones(length))
+
+
+def test_bits_are_refused_where_they_would_be_of_something_else():
+    x_0, t, eps = jnp.zeros((2, 3)), jnp.array([2, 1]), jnp.ones((2, 3))
+    with pytest.raises(ValueError, match="must predict a pair"):
+        dj.bound_bits(SCHEDULE, lambda x_t, t: x_t, x_0, t, eps, "learned")
+    with pytest.raises(ValueError, match=r"x_0_hat must have the shape of the data, \(2, 3\), got \(2, 1\)"):
+        dj.bound_bits(SCHEDULE, lambda x_t, t: x_t[:, :1], x_0, t, eps)

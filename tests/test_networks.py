@@ -79,10 +79,13 @@ def test_a_network_of_classes_tells_them_apart_and_knows_images_of_none():
         for other in range(one):
             assert jnp.abs(of_class[one] - of_class[other]).max() > 1e-3
     np.testing.assert_array_equal(apply(variables, *IMAGES), of_class[5])
+    for label in (-1, 6):
+        assert np.isnan(apply(variables, *IMAGES, jnp.full(2, label))).all()
     np.testing.assert_allclose(apply(variables, *IMAGES, jnp.array([2, 4]))[1], of_class[4][1], rtol=1e-4, atol=1e-5)
     plain = UNet(3, 4, (1, 2))
     variables = randomized(plain, *IMAGES)
-    np.testing.assert_array_equal(plain.apply(variables, *IMAGES, jnp.array([2, 4])), plain.apply(variables, *IMAGES))
+    with pytest.raises(ValueError, match=r"labels need num_classes and the shape \(2,\), got 0 and \(2,\)"):
+        plain.apply(variables, *IMAGES, jnp.array([2, 4]))
 
 
 def test_a_learned_variance_begins_half_way_and_has_its_own_outputs():
