@@ -60,6 +60,8 @@ def main() -> None:
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         require(bool(config.calls) or config.all_steps, "calls", "none", "one or more numbers, or --all-steps")
         run = run_config(config.workdir)
+        for calls in config.calls:
+            require(1 <= calls <= run.num_timesteps, "calls", calls, f"between 1 and the run's {run.num_timesteps} timesteps")
         schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
         tables = {
             (name, calls): make(schedule, sampling_timesteps=calls) for calls in config.calls for name, make in SAMPLERS.items()

@@ -1,0 +1,208 @@
+"""What a person may type: a wrong value gets one line that names it, and nothing is touched."""
+
+import re
+import sys
+
+import mnist
+import numpy as np
+import pytest
+import vectors
+from command_line import parse_command_line
+from PIL import Image
+from runs import TINY
+
+
+def fails(capsys, monkeypatch, script, *args) -> str:
+    """Run a script in this process (four devices); it must stop with status 2 and one line on stderr, which is returned."""
+    module = __import__(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+    # It would change the process of the other tests too.
+    monkeypatch.setattr(module, "prepare_machine", lambda: None, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+BAD_MNIST = {
+    "--target-type pred_noise": ("pred_noise", "pred_x_0", "pred_eps", "pred_v"),
+    "--sigma-type tiny": ("tiny", "upper_bound", "lower_bound", "zero"),
+    "--noise-schedule-type sigmoid": ("sigmoid", "linear", "cosine"),
+    "--loss-type huber": ("huber", "l1", "l2"),
+    "--dataset cifar10": ("cifar10", "mnist", "fashion_mnist", "digits"),
+    "--preset large": ("large", "paper", "small"),
+    "--precision float8": ("float8", "float32", "bfloat16"),
+    "--batch-size many": ("batch-size", "many"),
+    "--no-such-flag 3": ("--no-such-flag",),
+    "--batch-size 0": ("--batch-size", "at least 1", "got 0"),
+    "--batch-size 6": ("multiple of the 4 devices", "got 6"),
+    "--iterations -5": ("--iterations", "at least 1", "got -5"),
+    "--num-timesteps 0": ("--num-timesteps", "at least 1", "got 0"),
+    "--sampling-timesteps 501": ("sampling_timesteps", "between 1 and num_timesteps = 500", "got 501"),
+    "--sampling_timesteps 0": ("sampling_timesteps", "between 1 and num_timesteps = 500", "got 0"),
+    "--dim-scales 1 2 4 8 8 8 8": ("multiples of 64", "got 32x32"),
+    "--dim-scales 1 0": ("--dim-scales", "at least 1", "(1, 0)"),
+    "--embed-dim 5": ("--embed-dim", "even", "got 5"),
+    "--learning-rate nan": ("--learning-rate", "positive", "got nan"),
+    "--ema-decay 1": ("--ema-decay", "less than 1", "got 1"),
+    "--seed -1": ("--seed", "between 0", "got -1"),
+    "--label-dropout 0": ("--label-dropout", "between 0 and 1, and neither", "got 0"),
+    "--preset": ("--preset",),
+    "--dim-scales": ("--dim-scales", "one or more numbers", "got ()"),
+    "--sigma-type learned --target-type pred_v": ("--loss-type", "hybrid or bound", "got l2"),
+    "--sigma-type learned --loss-type hybrid": ("--target-type", "pred_eps or pred_v", "got pred_x_0"),
+    "--loss-weighting min_snr --loss-type bound --sigma-type learned --target-type pred_v": ("--loss-weighting", "none"),
+    "--loss-type hybrid": ("--loss-type", "l2 or l1", "got hybrid"),
+}
+
+
+@pytest.mark.parametrize("args", BAD_MNIST)
+def test_mnist_refuses_in_one_line(capsys, monkeypatch, tmp_path, args):
+    line = fails(capsys, monkeypatch, "mnist", "--dataset", "digits", "--workdir", tmp_path / "new", *args.split())
+    assert all(part in line for part in BAD_MNIST[args]), line
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("embed-dim", "8"), ("seed", "1"), ("iterations", "9"), ("target-type", "pred_v")])
+def test_another_config_in_the_same_workdir_is_refused(capsys, monkeypatch, trained, name, value):
+    before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
+    line = fails(capsys, monkeypatch, "mnist", *TINY, "--workdir", trained, f"--{name}", value)
+    assert f"--{name}" in line
+    assert value in line
+    assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("script", ["mnist", "mixture"])
+def test_a_folder_of_other_things_is_not_a_workdir(capsys, monkeypatch, tmp_path, script):
+    (tmp_path / "thesis.tex").write_text("mine")
+    args = [*TINY] if script == "mnist" else []
+    assert str(tmp_path) in fails(capsys, monkeypatch, script, *args, "--workdir", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+BAD_SAMPLE = {
+    "--sampler euler": ("euler", "ancestral", "ddim", "dpm_solver"),
+    "--sampling-timesteps 13": ("between 1 and num_timesteps = 12", "got 13"),
+    "--sampler ddim --eta 1.5": ("eta must be between 0 and 1", "got 1.5"),
+    "--eta 0.5": ("--eta", "0 unless --sampler is ddim or dpm_solver", "got 0.5"),
+    "--labels 10": ("--labels", "between 0 and 9", "got 10"),
+    "--labels 7 7 3": ("--labels", "left out unless the run is --conditional", "(7, 7, 3)"),
+    "--guidance-scale 2": ("--guidance-scale", "1 unless the run is --conditional", "got 2"),
+    "--guidance-scale -1": ("--guidance-scale", "at least 0", "got -1"),
+    "--out x.jpg": ("--out", ".png or .npy", "x.jpg"),
+    "--out no/such/folder/x.png": ("--out", "folder that exists"),
+    "--num-samples 0": ("--num-samples", "at least 1", "got 0"),
+    "--workdir no/such/run": ("--workdir", "no/such/run"),
+}
+
+
+@pytest.mark.parametrize("args", BAD_SAMPLE)
+def test_sample_refuses_in_one_line(capsys, monkeypatch, trained, args):
+    workdir = [] if "--workdir" in args else ["--workdir", trained]
+    line = fails(capsys, monkeypatch, "sample", *workdir, *args.split())
+    assert all(part in line for part in BAD_SAMPLE[args]), line
+
+
+@pytest.mark.parametrize(
+    "args", ["--num-samples 99", "--bound-images -1", "--eta 0.5", "--sampling-timesteps 13", "--workdir no/run"]
+)
+def test_evaluate_refuses_in_one_line(capsys, monkeypatch, trained, args):
+    workdir = [] if "--workdir" in args else ["--workdir", trained]
+    assert_names(fails(capsys, monkeypatch, "evaluate", *workdir, *args.split()), args)
+
+
+def assert_names(line: str, args: str) -> None:
+    """The line names the option, and its value as what was got."""
+    option, value = args.split()
+    assert option in line or option[2:].replace("-", "_") in line, line
+    assert re.search(rf"(got|choice|int\(\) with base 10:) '?{re.escape(value)}\b", line), line
+
+
+BAD_SAMPLES = {
+    "pickled": np.array([{}], object),
+    "bytes": np.zeros((200, 28, 28, 1), np.uint8),
+    "from 0 to 1": np.zeros((200, 32, 32, 1), np.float32),
+    "from 0 to 255": np.full((200, 32, 32, 1), 255, np.float32),
+    "not finite": np.full((200, 32, 32, 1), np.nan, np.float32),
+}
+
+
+@pytest.mark.parametrize("what", ["nothing", *BAD_SAMPLES])
+def test_judge_refuses_in_one_line(capsys, monkeypatch, tmp_path, what):
+    file = tmp_path / "x.npy"
+    if what != "nothing":
+        np.save(file, BAD_SAMPLES[what], allow_pickle=True)
+    assert str(file) in fails(capsys, monkeypatch, "judge", "--samples", file, "--dataset", "digits")
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["--workdir no/run", "--num-images 0", "--out x.jpg", "--out no/x.png", "--sampling-timesteps 13", "--what paint"],
+)
+def test_edit_refuses_in_one_line(capsys, monkeypatch, trained, args):
+    workdir = [] if "--workdir" in args else ["--workdir", trained]
+    assert_names(fails(capsys, monkeypatch, "edit", *workdir, *args.split()), args)
+
+
+def test_edit_needs_steps_from_a_fifth_of_the_way_up(capsys, monkeypatch, trained):
+    args = ["--workdir", trained, "--what", "image-to-image", "--sampling-timesteps", "4"]
+    assert "--sampling-timesteps must be at least 5 for image-to-image" in fails(capsys, monkeypatch, "edit", *args)
+
+
+@pytest.mark.parametrize("args", ["--workdir no/run", "--num-samples 99", "--calls 13", "--seed -1"])
+def test_compare_samplers_refuses_in_one_line(capsys, monkeypatch, trained, args):
+    workdir = [] if "--workdir" in args else ["--workdir", trained]
+    assert_names(fails(capsys, monkeypatch, "compare_samplers", *workdir, *args.split()), args)
+
+
+@pytest.mark.parametrize("args", ["--batch-size 0", "--ema-decay 2", "--iterations x", "--embed-dim -2"])
+def test_mixture_refuses_in_one_line(capsys, monkeypatch, tmp_path, args):
+    assert_names(fails(capsys, monkeypatch, "mixture", "--workdir", tmp_path / "new", *args.split()), args)
+    assert not (tmp_path / "new").exists()
+
+
+def test_both_spellings_of_a_flag_are_the_same():
+    for flag in ("--batch-size", "--batch_size"):
+        assert parse_command_line(mnist.Config(), "", [flag, "64"]).batch_size == 64
+
+
+def test_the_paper_preset_is_the_published_recipe():
+    paper = mnist.PRESETS["paper"]
+    published = {
+        "embed_dim": 128, "dim_scales": (1, 2, 4, 8), "num_timesteps": 500, "noise_schedule_type": "cosine",
+        "target_type": "pred_x_0", "sigma_type": "upper_bound", "loss_type": "l2", "batch_size": 512, "iterations": 2000,
+        "learning_rate": 1e-3, "precision": "float32",
+    }  # fmt: skip
+    assert {name: getattr(paper, name) for name in published} == published
+
+
+@pytest.mark.parametrize("what", ["nothing", "text", "too large", "a workdir inside"])
+def test_folder_refuses_in_one_line(capsys, monkeypatch, tmp_path, what):
+    (tmp_path / "photos").mkdir()
+    if what == "text":
+        (tmp_path / "photos" / "x.png").write_text("not an image")
+    if what == "too large":
+        Image.new("1", (20_000, 20_000)).save(tmp_path / "photos" / "x.png")
+    workdir = tmp_path / ("photos" if what == "a workdir inside" else ".") / "new"
+    line = fails(capsys, monkeypatch, "folder", "--folder", tmp_path / "photos", "--workdir", workdir, "--embed-dim", "4")
+    assert str(tmp_path / "photos") in line
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("args", ["--num-timesteps 0", "--out x.jpg", "--out no/x.png"])
+def test_schedules_refuses_in_one_line(capsys, monkeypatch, args):
+    assert_names(fails(capsys, monkeypatch, "schedules", *args.split()), args)
+
+
+@pytest.mark.parametrize("no_color", ["1", ""])
+def test_help_is_plain_where_no_color_is_asked_for(capsys, monkeypatch, no_color):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with pytest.raises(SystemExit):
+        parse_command_line(vectors.Config(), "What it does.\n\npython first.py\npython second.py", ["--help"])
+    said = capsys.readouterr().out
+    assert ("\033[" in said) == (not no_color)
+    assert "\npython second.py" in said
