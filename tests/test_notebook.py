@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -26,3 +30,35 @@ def test_the_whole_notebook_runs(tmp_path, monkeypatch):
     assert len(shown) >= 6  # the loss, a preview, the figure, the curves, the animation, samples
     for name in ("figure.png", "training.png", "denoising.gif", "samples.png"):
         Image.open(tmp_path / "mnist" / name).verify()
+
+
+STOPPED = """
+import os, signal, sys, time
+
+def save(*_):
+    time.sleep(1)
+    open("saved", "w").write(str(os.getsid(0) == os.getpid()))
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+open("ready", "w").close()
+time.sleep(60)
+"""
+
+
+def test_what_the_stop_button_stops_saves_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "long.py").write_text(STOPPED)
+    cells = nbformat.read(EXPERIMENTS / "mnist_colab.ipynb", as_version=4).cells
+    (source,) = [cell.source for cell in cells if "def run(" in cell.source]
+    names = {"ROOT": tmp_path, "WORKDIR": tmp_path / "mnist", "subprocess": subprocess, "sys": sys}
+    exec(source.split('run("mnist.py"')[0], names)
+
+    def watch():
+        if os.path.exists("ready"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        names["run"]("long.py", watch=watch)
+    assert (tmp_path / "saved").read_text() == "True"
