@@ -1,4 +1,4 @@
-"""Train the original PyTorch code on MNIST and keep samples, for experiments/evaluate.py --samples to judge.
+"""Train the original PyTorch code on MNIST and keep samples, for experiments/judge.py.
 
 python benchmarks/original_samples.py --reference ../diffusion
 """
