@@ -34,7 +34,7 @@ from diffusion_jax.training import (
 )
 from diffusion_jax.unet import UNet
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MLP",
