@@ -67,3 +67,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     for left, right in zip(jax.tree.leaves(final_state(one)), jax.tree.leaves(final_state(other)), strict=True):
         np.testing.assert_array_equal(left, right)
     assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    assert best_step(one) == best_step(other)
+
+
+def best_step(workdir: Path) -> int | None:
+    with open_checkpoints(workdir / "checkpoints") as checkpoints:
+        return checkpoints.best_step()
