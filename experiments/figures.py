@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from diffusion_jax.schedules import NoiseSchedule
@@ -164,7 +165,11 @@ def save_curves(file: Path, distances: dict[str, dict[int, float]], floor: float
         axis.plot(list(curve), list(curve.values()), "o-", markersize=4, label=name)
     axis.axhline(floor, color="gray", linestyle=":", label="test images")
     axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Frechet distance")
-    axis.grid(alpha=0.3, which="both")
+    for numbers in (axis.xaxis, axis.yaxis):
+        numbers.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        numbers.set_major_formatter("{x:g}")
+        numbers.set_minor_formatter("")
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     _save(figure, file)
 
