@@ -110,8 +110,6 @@ def test_what_cannot_be_resampled_or_started_is_named():
         dj.inpainting(lambda x, t: x, jnp.zeros((2, 3)), True)(jnp.zeros((2, 1)), jnp.ones(2, int))
     with pytest.raises(ValueError, match=r"share must be one number, got the shape \(3,\)"):
         dj.spherical(jnp.ones(3), jnp.arange(3.0), jnp.ones(3))
-    with pytest.raises(ValueError, match="start must be of floating point, got int32"):
-        dj.sample(lambda x, t: x, dj.ddim_table(SCHEDULE), jax.random.split(jax.random.key(0)), (1,), jnp.ones((2, 1), int))
     with pytest.raises(ValueError, match="from t = 0 or below, and its last is from 1"):
         dj.part_way(dj.ddim_table(SCHEDULE), 0)
     with pytest.raises(ValueError, match=r"start must have the shape \(2, 3\), got \(2, 1\)"):

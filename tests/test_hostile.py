@@ -51,6 +51,10 @@ WRONG = {
     ),
     "timesteps for another batch": (lambda: dj.q_sample(SCHEDULE, X, T[:3], X), r"t must have the shape \(4,\), .*got \(3,\)"),
     "timesteps of many for one": (lambda: dj.bound_bits(SCHEDULE, same, X[:1], T, X[:1]), r"t must have the shape \(1,\)"),
+    "whole numbers to start with": (
+        lambda: dj.sample(same, dj.ddim_table(SCHEDULE), KEYS, (2,), jnp.ones((4, 2), int)),
+        r"start must be of floating point, got int32",
+    ),
     "half a round": (lambda: dj.resampled(SCHEDULE, dj.ddim_table(SCHEDULE), 1.5), r"a whole number of times, got 1.5"),
     "a posterior of two batches": (lambda: dj.posterior(SCHEDULE, X[:1], X, T), r"x_0 must have the shape .* got \(1, 2\)"),
     "an unknown split": (lambda: data.load_dataset("digits", split="validation"), r"split must be one of train, test"),
