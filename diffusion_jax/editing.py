@@ -62,13 +62,13 @@ def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> Sampl
     if np.any(table.d) or np.any(table.r):
         raise ValueError("steps with a learned variance or an x_0_hat before them cannot be taken again: use ancestral or DDIM")
     _check_goes_down(table)
-    s = np.append(table.t[1:], 0)
-    up = schedule.sqrt_alpha_bar[table.t] / schedule.sqrt_alpha_bar[s]
-    rounds = table._replace(a=up * table.a, b=up * table.b, c=np.sqrt(1 - up**2 + (up * table.c) ** 2), r=np.zeros_like(up))
+    t, s, zero = table.t[:-1], table.t[1:], np.zeros(len(table.t) - 1)
+    up = schedule.sqrt_alpha_bar[t] / schedule.sqrt_alpha_bar[s]
+    c = np.sqrt(1 - up**2 + (up * table.c[:-1]) ** 2)
+    rounds = SamplerTable(t, up * table.a[:-1], up * table.b[:-1], c, zero, zero)
 
     def interleaved(again: np.ndarray, step: np.ndarray) -> np.ndarray:
-        rows = np.stack([again] * (int(times) - 1) + [step], axis=1).ravel()
-        return np.delete(rows, np.s_[-int(times) : -1])  # the last step's rounds
+        return np.append(np.stack([again] * (int(times) - 1) + [step[:-1]], axis=1).ravel(), step[-1])
 
     return SamplerTable(*map(interleaved, rounds, table))
 
@@ -110,10 +110,16 @@ def encoding_table(schedule: NoiseSchedule, sampling_timesteps: int | None = Non
 def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: ArrayLike) -> Float[Array, "*shape"]:
     """The point at `share` (0 to 1) of the way from x to y along a great circle, as far from 0 as noise is [Shoemake 1985].
 
-    x and y are one point each, whatever their shape, and not a batch. Raises ValueError unless `share` is one number.
+    x and y are one point each, whatever their shape, and not a batch; between opposite ones there is no one way, and so NaN.
+    Raises ValueError unless `share` is one number.
     """
     if jnp.ndim(share) != 0:
         raise ValueError(f"share must be one number, got the shape {jnp.shape(share)}")
-    cosine = jnp.sum(x * y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))
-    angle = jnp.arccos(jnp.clip(cosine, -1 + 1e-6, 1 - 1e-6))
-    return (jnp.sin((1 - share) * angle) * x + jnp.sin(share * angle) * y) / jnp.sin(angle)
+    towards_x, towards_y = x / jnp.linalg.norm(x), y / jnp.linalg.norm(y)
+    angle = 2 * jnp.arctan2(jnp.linalg.norm(towards_x - towards_y), jnp.linalg.norm(towards_x + towards_y))
+
+    def weight(part: ArrayLike) -> ArrayLike:
+        """sin(part angle) / sin(angle), also where that is 0 / 0."""
+        return part * jnp.sinc(part * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)
+
+    return weight(1 - share) * x + weight(share) * y

@@ -101,7 +101,7 @@ def test_what_cannot_be_resampled_or_started_is_named():
             dj.resampled(SCHEDULE, table, 2)
     for change in (lambda table: dj.resampled(SCHEDULE, table, 2), lambda table: dj.part_way(table, 30)):
         with pytest.raises(ValueError, match="must go down"):
-            change(dj.encoding_table(SCHEDULE, 4))
+            change(dj.encoding_table(SCHEDULE))
     with pytest.raises(ValueError, match="from t = 0 or below, and its last is from 10"):
         dj.part_way(dj.padded(dj.ddim_table(SCHEDULE, 0.0, 6), 9), 0)
     with pytest.raises(ValueError, match="must be boolean, true where the data is known, got float32"):
@@ -126,7 +126,8 @@ def test_the_rest_of_a_walk_goes_on_where_the_whole_walk_was():
     np.testing.assert_allclose(dj.sample_trajectory(denoise, rest, keys, (2,), path[4]), path[:5], atol=1e-6)
     solver = dj.part_way(dj.dpm_solver_table(SCHEDULE, 0.0, 6), 40)
     np.testing.assert_allclose([column[0] for column in solver], [column[0] for column in rest])  # nothing before it to use
-    assert np.any(solver.d)
+    assert solver.d[0] == 0 != solver.d[1]
+    assert list(dj.part_way(dj.ddim_table(SCHEDULE), 3).t) == [3, 2, 1]
 
 
 def test_half_way_of_the_noise_keeps_half_of_the_image():
@@ -160,3 +161,8 @@ def test_between_two_points_on_the_sphere():
     np.testing.assert_allclose(dj.spherical(x, y, 0.0), x, atol=1e-5)
     np.testing.assert_allclose(dj.spherical(x, y, 1.0), y, atol=1e-5)
     np.testing.assert_allclose(dj.spherical(x, y, 1 / 3), [3 * np.cos(np.pi / 6), 1.5], atol=1e-5)
+    np.testing.assert_allclose(dj.spherical(x, x, 0.4), x, atol=1e-5)
+    y = 2 * jnp.array([np.cos(1.2), np.sin(1.2)])  # 1.2 from x, and nearer to 0
+    expected = (np.sin(0.9) * x + np.sin(0.3) * y) / np.sin(1.2)
+    np.testing.assert_allclose(dj.spherical(x, y, 0.25), expected, atol=1e-5)
+    np.testing.assert_allclose(dj.spherical(x.reshape(1, 2), y.reshape(1, 2), 0.25), expected[None], atol=1e-5)
