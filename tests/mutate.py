@@ -41,6 +41,8 @@ SWAPS |= {"var_t": "var_s", "var_s": "var_t", "alpha_bar_s": "alpha_bar_t", "x_0
 EQUIVALENT = {
     "np.zeros_like(": "zeros all the same",
     "x_0.ndim": "x_0 and x_t have one rank",
+    "x_t.ndim": "x_0 and x_t have one rank",
+    "FAR =": "any number that is far",
 }
 
 

@@ -170,12 +170,35 @@ def test_the_bound_from_one_drawn_t_is_right_on_average_and_varies_less_than_at_
 
     terms = jax.jit(lambda t: dj.bound_bits(schedule, predict, x_0, jnp.full(n, t), eps, "learned"))
     all_terms = np.stack([terms(t) for t in range(1, 51)])
-    estimates = np.asarray(jax.jit(lambda keys: dj.bound_loss(schedule, predict, x_0, keys, "pred_x_0"))(keys), np.float64)
+
+    def predict_v(x_t, t):
+        x_0_hat, f = predict(x_t, t)
+        return dj.convert(schedule, x_0_hat, x_t, t, "pred_x_0", "pred_v"), f
+
+    estimates = np.asarray(jax.jit(lambda keys: dj.bound_loss(schedule, predict_v, x_0, keys, "pred_v"))(keys), np.float64)
     assert abs(estimates.mean() - all_terms.sum(0).mean()) < 4 * estimates.std() / n**0.5
     probabilities = likelihood.importance(schedule)
     np.testing.assert_allclose(probabilities.sum(), 1)
     uniform = 50 * all_terms[np.arange(n) % 50, np.arange(n)]
     assert estimates.var() < 0.5 * uniform.var()
+
+
+def test_t_is_drawn_in_proportion_to_the_terms_of_standard_normal_data():
+    """Whose best network knows x_0 up to N(0, 1 - alpha_bar_t), and x_{t-1} up to N(0, beta_t)."""
+    schedule = dj.cosine_schedule(30)
+    levels = np.arange(-600, 600) / 127.5
+    mass = np.diff(scipy.stats.norm.cdf(levels / schedule.beta[1] ** 0.5))
+    entropy = -np.sum(mass[mass > 0] * np.log(mass[mass > 0]))
+    terms = []  # the mean divergence of the posterior, of variance w, from N(k x_t + m x_0_hat, beta)
+    for t in range(2, 31):
+        beta, left, before = schedule.beta[t], 1 - schedule.alpha_bar[t], 1 - schedule.alpha_bar[t - 1]
+        w = (
+            beta * before / left
+        )  # of N(., w + m^2 left) from N(., beta), which are one: the divergence of w from beta on average
+        m = schedule.alpha_bar[t - 1] ** 0.5 * beta / left
+        terms.append((np.log(beta / w) + (w + m**2 * left) / beta - 1) / 2)
+    shares = (likelihood.importance(schedule) - 0.1 / 30) / 0.9
+    np.testing.assert_allclose(shares / shares[1], np.append(entropy, terms) / terms[0], rtol=1e-3)
 
 
 def test_gradients_of_the_bound_are_finite_however_wrong_the_network_is(keys):
