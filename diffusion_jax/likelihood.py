@@ -125,7 +125,7 @@ def importance(schedule: NoiseSchedule) -> Float[np.ndarray, " T"]:
     """
     _, _, log_range = _step_tables(schedule)
     last = np.log(127.5 * np.sqrt(2 * np.pi * np.e * schedule.beta[1]))  # nats of N(0, beta_1) in levels 1 / 127.5 apart
-    expected = np.append(max(last, log_range[0] / 2), log_range[1:] / 2)
+    expected = np.append(max(last, 0), log_range[1:] / 2)
     return 0.9 * expected / expected.sum() + 0.1 / len(expected)
 
 
