@@ -199,7 +199,7 @@ def test_t_is_drawn_in_proportion_to_the_terms_of_standard_normal_data():
         terms.append((np.log(beta / w) + (w + m**2 * left) / beta - 1) / 2)
     shares = (likelihood.importance(schedule) - 0.1 / 30) / 0.9
     np.testing.assert_allclose(shares / shares[1], np.append(entropy, terms) / terms[0], rtol=1e-3)
-    narrow = likelihood.importance(dj.schedule_from_beta([1e-8, 0.5]))  # far less noise than a level
+    narrow = likelihood.importance(dj.schedule_from_beta(np.array([1e-8, 0.5])))  # far less noise than a level
     np.testing.assert_allclose(narrow, [0.05, 0.95])
 
 
@@ -208,7 +208,7 @@ def test_the_last_step_has_the_variance_of_the_step_before_it(beta, variance):
     x, x_0_hat = 1 / 255, 0.2
     edges = (np.array([x - 1 / 255, x + 1 / 255]) - x_0_hat) / variance**0.5
     args = jnp.full((1, 1), x), jnp.ones(1, int), jnp.zeros((1, 1))
-    bits = dj.bound_bits(dj.schedule_from_beta(beta), lambda x_t, t: jnp.full((1, 1), x_0_hat), *args, "lower_bound")
+    bits = dj.bound_bits(dj.schedule_from_beta(np.array(beta)), lambda x_t, t: jnp.full((1, 1), x_0_hat), *args, "lower_bound")
     np.testing.assert_allclose(bits, -np.log2(np.diff(scipy.stats.norm.cdf(edges))), rtol=1e-3)
 
 
