@@ -203,12 +203,15 @@ def test_t_is_drawn_in_proportion_to_the_terms_of_standard_normal_data():
     np.testing.assert_allclose(narrow, [0.05, 0.95])
 
 
-@pytest.mark.parametrize(("beta", "variance"), [([0.3], 0.3), ([0.3, 0.4], 0.4 * 0.3 / (1 - 0.7 * 0.6))])
-def test_the_last_step_has_the_variance_of_the_step_before_it(beta, variance):
+@pytest.mark.parametrize(
+    ("beta", "sigma_type", "variance"),
+    [([0.3], "lower_bound", 0.3), ([0.3, 0.4], "lower_bound", 0.4 * 0.3 / (1 - 0.7 * 0.6)), ([0.3, 0.4], "upper_bound", 0.3)],
+)
+def test_the_last_step_has_the_variance_of_the_step_before_it_or_beta(beta, sigma_type, variance):
     x, x_0_hat = 1 / 255, 0.2
     edges = (np.array([x - 1 / 255, x + 1 / 255]) - x_0_hat) / variance**0.5
     args = jnp.full((1, 1), x), jnp.ones(1, int), jnp.zeros((1, 1))
-    bits = dj.bound_bits(dj.schedule_from_beta(np.array(beta)), lambda x_t, t: jnp.full((1, 1), x_0_hat), *args, "lower_bound")
+    bits = dj.bound_bits(dj.schedule_from_beta(np.array(beta)), lambda x_t, t: jnp.full((1, 1), x_0_hat), *args, sigma_type)
     np.testing.assert_allclose(bits, -np.log2(np.diff(scipy.stats.norm.cdf(edges))), rtol=1e-3)
 
 
