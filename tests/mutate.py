@@ -43,6 +43,9 @@ EQUIVALENT = {
     "x_0.ndim": "x_0 and x_t have one rank",
     "x_t.ndim": "x_0 and x_t have one rank",
     "FAR =": "any number that is far",
+    "jnp.where(x >= mean": "at the mean both tails are alike",
+    "jnp.where(x >= 0.999": "no level is there",
+    "jnp.where(x <= -0.999": "no level is there",
 }
 
 
