@@ -118,8 +118,9 @@ def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: Array
     towards_x, towards_y = x / jnp.linalg.norm(x), y / jnp.linalg.norm(y)
     angle = 2 * jnp.arctan2(jnp.linalg.norm(towards_x - towards_y), jnp.linalg.norm(towards_x + towards_y))
 
-    def weight(part: ArrayLike) -> ArrayLike:
+    def weight(part: Array) -> Array:
         """sin(part angle) / sin(angle), also where that is 0 / 0."""
         return part * jnp.sinc(part * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)
 
+    share = jnp.asarray(share)
     return weight(1 - share) * x + weight(share) * y
