@@ -41,8 +41,8 @@ class Config:
     """Training steps."""
     batch_size: int = 32
     """Images a step, over all devices."""
-    embed_dim: int = 32
-    """Channels at the full resolution."""
+    embed_dim: int = 16
+    """Channels at the full resolution; with a GPU, 64 or more."""
     dim_scales: tuple[int, ...] = (1, 2, 4, 8)
     """Channels of each level, as multiples of embed_dim; the image is halved between levels."""
     num_timesteps: int = 500
