@@ -15,7 +15,7 @@ from diffusion_jax.sampling import SigmaType
 @dataclasses.dataclass(frozen=True)
 class Config:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """"paper" is the published recipe; "improved" is better at the same cost (docs/quality.md); "small" is "improved" at a size
+    """"paper" is the published recipe; "improved" is the one of docs/quality.md; "small" is "improved" at a size
     that two CPU cores train in minutes; "auto" is small where there is only a CPU, else paper."""
     dataset: DatasetName = "auto"
     """"auto" is MNIST, or scikit-learn's digits where MNIST is neither prepared nor within reach."""
