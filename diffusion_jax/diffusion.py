@@ -108,10 +108,7 @@ def make_denoiser(
 
 
 def with_fraction(output: Any) -> tuple[Array, Array | float]:
-    """What a network or a denoiser returned as a pair, with f = 0 where it learns no variance.
-
-    Raises ValueError on any other tuple, or unless f has the shape of the prediction.
-    """
+    """What a network or denoiser returned as a pair, with f = 0 where it learns no variance; else ValueError on unlike shapes."""
     if not isinstance(output, tuple):
         return output, 0.0
     if len(output) != 2 or output[0].shape != output[1].shape:
@@ -136,8 +133,7 @@ def diffusion_loss(
     """The unreduced training loss of each example, at its own t ~ Uniform{1..T} and eps ~ N(0, I) [Ho et al. 2020, eq. 14].
 
     Each example's t and eps come from its own key, so they do not depend on which batch or device it is in. The loss itself
-    is `loss_at`, times weight[t] where a table of weights over t = 0..T is given. Raises ValueError on an unknown type, or a
-    table of another length.
+    is `loss_at`, times weight[t] of a table over t = 0..T. Raises ValueError on an unknown type or a table of another length.
     """
     t, eps = _draw(schedule, x_0, keys)
     return _weighted(schedule, weight, t, loss_at(schedule, predict, x_0, t, eps, target_type, loss_type))
