@@ -108,7 +108,7 @@ def make_denoiser(
 
 
 def with_fraction(output: Any) -> tuple[Array, Array | float]:
-    """What a network or denoiser returned as a pair, with f = 0 where it learns no variance; else ValueError on unlike shapes."""
+    """What a network or denoiser returned, as a pair with f = 0 where it learns no variance; ValueError on unlike shapes."""
     if not isinstance(output, tuple):
         return output, 0.0
     if len(output) != 2 or output[0].shape != output[1].shape:
