@@ -31,7 +31,6 @@ def join_processes(args: Sequence[str]) -> None:
             int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         )
         jax.config.update("jax_enable_preemption_service", False)  # else SIGTERM would be its, and nobody would hear of it
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # Gloo mixes up what two programs at once send each other
         jax.distributed.initialize(
             num_processes=count,
             process_id=number,
