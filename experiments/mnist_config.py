@@ -15,8 +15,7 @@ from diffusion_jax.sampling import SigmaType
 @dataclasses.dataclass(frozen=True)
 class Config:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """"paper" is the published recipe; "improved" is the one of docs/quality.md; "small" is "improved" at a size
-    that two CPU cores train in minutes; "auto" is small where there is only a CPU, else paper."""
+    """paper is the published recipe, improved that of docs/quality.md, small the same but small; auto: small on a CPU, else paper."""
     dataset: DatasetName = "auto"
     """"auto" is MNIST, or scikit-learn's digits where MNIST is neither prepared nor within reach."""
     data_dir: str | None = None
@@ -34,8 +33,7 @@ class Config:
     target_type: TargetType = "pred_x_0"
     """What the network predicts."""
     sigma_type: SigmaType = "upper_bound"
-    """The variance of ancestral sampling; learned goes with the losses hybrid and bound, and with pred_eps and pred_v, whose
-    errors in x_0 fall with the noise: those of pred_x_0 at small t drown the rest of the bound."""
+    """The variance of ancestral sampling; learned goes with hybrid and bound losses, and with pred_eps and pred_v."""
     noise_schedule_type: Literal["linear", "cosine"] = "cosine"
     """That of Ho et al. (2020), or of Nichol & Dhariwal (2021)."""
     loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
