@@ -15,7 +15,7 @@ from diffusion_jax.sampling import SigmaType
 @dataclasses.dataclass(frozen=True)
 class Config:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """paper is the published recipe, improved that of docs/quality.md, small the same but small; auto: small on a CPU, else paper."""
+    """paper is the published recipe, improved and its small that of docs/quality.md; auto is small on a CPU, else paper."""
     dataset: DatasetName = "auto"
     """"auto" is MNIST, or scikit-learn's digits where MNIST is neither prepared nor within reach."""
     data_dir: str | None = None
