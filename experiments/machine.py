@@ -24,10 +24,12 @@ def keep_compiled_programs() -> None:
     """In ~/.cache/diffusion_jax, apart for each kind of processor; JAX_COMPILATION_CACHE_DIR names another folder.
 
     JAX 0.10 takes each kept program for one of another processor, for the sake of two hints (prefer-no-gather and
-    prefer-no-scatter), and says so at length as an error; errors of that kind are therefore silent, and exceptions are not.
+    prefer-no-scatter), and says so at length as an error; errors of that kind are therefore silent, unless
+    JAX_LOGGING_LEVEL is set; exceptions are not.
     """
-    jax.config.update("jax_logging_level", "CRITICAL")
-    logging.getLogger("jax").setLevel(logging.WARNING)  # such as that there is a GPU and a JAX without it
+    if "JAX_LOGGING_LEVEL" not in os.environ:
+        jax.config.update("jax_logging_level", "CRITICAL")
+        logging.getLogger("jax").setLevel(logging.WARNING)  # such as that there is a GPU and a JAX without it
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"~/.cache/diffusion_jax/{processor()}"))
 
