@@ -1,6 +1,7 @@
 """The edge between a person and a script: flags from a dataclass, and one line on stderr for whatever is wrong."""
 
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -39,11 +40,25 @@ def parse_command_line(default: Config, description: str | None, args: Sequence[
         os.environ["TERM"] = "dumb"
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(type(default), default=default, description=description, args=args)
+            parts = _in_groups(default)
+            given = tyro.cli(type(parts), default=parts, description=description, args=args)
     except SystemExit as stop:
         if not stop.code:
             raise
         stop_with(_first_paragraph(messages.getvalue()))
+    if parts is default:
+        return given
+    return type(default)(**{name: value for part in vars(given).values() for name, value in vars(part).items()})
+
+
+def _in_groups(config: Any) -> Any:
+    """A config whose class has several bases as one field for each of them, which --help shows as a group."""
+    bases = type(config).__bases__[::-1]
+    if len(bases) == 1:
+        return config
+    fields = [(base.__name__.lower(), tyro.conf.OmitArgPrefixes[base]) for base in bases]
+    parts = [base(**{field.name: getattr(config, field.name) for field in dataclasses.fields(base)}) for base in bases]
+    return dataclasses.make_dataclass("Groups", fields)(*parts)
 
 
 def _first_paragraph(box: str) -> str:

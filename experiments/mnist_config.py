@@ -13,49 +13,71 @@ from diffusion_jax.sampling import SigmaType
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Run:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
     """paper is the published recipe, improved and its small that of docs/quality.md; auto is small on a CPU, else paper."""
+    workdir: str = "runs/mnist"
+    """Where the run is kept. The same command continues it."""
+    seed: int = 0
+    """Of the parameters, the order of the images, all noise, and the samples."""
+    distributed: bool = False
+    """One process of several that train together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
     dataset: DatasetName = "auto"
     """"auto" is MNIST, or scikit-learn's digits where MNIST is neither prepared nor within reach."""
     data_dir: str | None = None
     """A TFDS directory; by default TFDS's own."""
-    iterations: int = 2000
-    """Training steps."""
-    batch_size: int = 512
-    """Images a step, over all devices."""
-    embed_dim: int = 128
-    """Channels at the full resolution."""
-    dim_scales: tuple[int, ...] = (1, 2, 4, 8)
-    """Channels of each level, as multiples of embed_dim; the image is halved between levels."""
-    num_timesteps: int = 500
-    """T, the steps of the forward process."""
-    target_type: TargetType = "pred_x_0"
-    """What the network predicts."""
-    sigma_type: SigmaType = "upper_bound"
-    """The variance of ancestral sampling; learned goes with hybrid and bound losses, and with pred_eps and pred_v."""
-    noise_schedule_type: Literal["linear", "cosine"] = "cosine"
-    """That of Ho et al. (2020), or of Nichol & Dhariwal (2021)."""
-    loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
-    """hybrid is l2 and the variational bound of learned variances, bound is the bound alone (Nichol & Dhariwal 2021)."""
-    loss_weighting: Literal["none", "min_snr"] = "none"
-    """Of the timesteps, in all losses but the bound; min_snr is that of Hang et al. (2023)."""
     conditional: bool = False
     """Learn the classes, for samples of a class that is asked for."""
     label_dropout: float = 0.1
     """The share of images that a conditional run sees without their class, for guidance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    embed_dim: int = 128
+    """Channels at the full resolution."""
+    dim_scales: tuple[int, ...] = (1, 2, 4, 8)
+    """Channels of each level, as multiples of embed_dim; the image is halved between levels."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in; parameters are float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    num_timesteps: int = 500
+    """T, the steps of the forward process."""
+    noise_schedule_type: Literal["linear", "cosine"] = "cosine"
+    """That of Ho et al. (2020), or of Nichol & Dhariwal (2021)."""
+    target_type: TargetType = "pred_x_0"
+    """What the network predicts."""
+    sigma_type: SigmaType = "upper_bound"
+    """The variance of ancestral sampling; learned goes with hybrid and bound losses, and with pred_eps and pred_v."""
+    loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
+    """hybrid is l2 and the variational bound of learned variances, bound is the bound alone (Nichol & Dhariwal 2021)."""
+    loss_weighting: Literal["none", "min_snr"] = "none"
+    """Of the timesteps, in all losses but the bound; min_snr is that of Hang et al. (2023)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    iterations: int = 2000
+    """Training steps."""
+    batch_size: int = 512
+    """Images a step, over all devices."""
     learning_rate: float = 1e-3
     """Adam's, at the start of its cosine decay."""
     warmup: int = 0
     """Steps in which the learning rate rises to that."""
     ema_decay: float = 0.0
     """Of the average of the parameters that samples are drawn with; 0 is the parameters themselves."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in; parameters are float32."""
-    seed: int = 0
-    """Of the parameters, the order of the images, all noise, and the samples."""
-    workdir: str = "runs/mnist"
-    """Where the run is kept. The same command continues it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     sample_every: int = 500
@@ -64,8 +86,11 @@ class Config:
     """Steps of the final figure's samples; by default all T."""
     num_samples: int = 20
     """Samples in each grid and in the figure."""
-    distributed: bool = False
-    """One process of several that train together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Output, Training, Diffusion, Network, Data, Run):
+    """All of them, flat. The classes are the groups of --help."""
 
 
 MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples", "distributed"}

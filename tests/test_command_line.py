@@ -1,5 +1,6 @@
 """What a person may type: a wrong value gets one line that names it, and nothing is touched."""
 
+import dataclasses
 import re
 import sys
 
@@ -165,7 +166,8 @@ def test_mixture_refuses_in_one_line(capsys, monkeypatch, tmp_path, args):
 
 def test_both_spellings_of_a_flag_are_the_same():
     for flag in ("--batch-size", "--batch_size"):
-        assert parse_command_line(mnist.Config(), "", [flag, "64"]).batch_size == 64
+        small = mnist.PRESETS["small"]
+        assert parse_command_line(small, "", [flag, "64"]) == dataclasses.replace(small, batch_size=64)
 
 
 def test_the_paper_preset_is_the_published_recipe():
@@ -194,6 +196,16 @@ def test_folder_refuses_in_one_line(capsys, monkeypatch, tmp_path, what):
 @pytest.mark.parametrize("args", ["--num-timesteps 0", "--out x.jpg", "--out no/x.png"])
 def test_schedules_refuses_in_one_line(capsys, monkeypatch, args):
     assert_names(fails(capsys, monkeypatch, "schedules", *args.split()), args)
+
+
+def test_help_of_mnist_is_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(mnist.Config(), "", ["--help"])
+    _, *parts = re.split(r"(\w+) options\b", capsys.readouterr().out)
+    groups = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert list(groups) == ["run", "data", "network", "diffusion", "training", "output"]
+    for title, option in (("data", "--data-dir"), ("network", "--embed-dim"), ("training", "--warmup"), ("run", "--seed")):
+        assert [group for group in groups if option in groups[group]] == [title]
 
 
 @pytest.mark.parametrize("no_color", ["1", ""])
