@@ -73,7 +73,7 @@ class Training:
     warmup: int = 0
     """Steps in which the learning rate rises to that."""
     ema_decay: float = 0.0
-    """Of the average of the parameters that samples are drawn with; 0 is the parameters themselves."""
+    """Of an average of the parameters, with which samples are drawn; 0 is the parameters themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Config(Output, Training, Diffusion, Network, Data, Run):
 
 
 MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples", "distributed"}
-IMPROVED = {"loss_weighting": "min_snr", "learning_rate": 2e-3, "warmup": 100, "ema_decay": 0.99}
+IMPROVED = {"loss_weighting": "min_snr", "learning_rate": 2e-3, "warmup": 100}
 PRESETS = {
     "paper": Config(),
     "improved": Config(preset="improved", **IMPROVED),

@@ -1,4 +1,4 @@
-"""Draw samples from a run of experiments/mnist.py, with its averaged parameters.
+"""Draw samples from a run of experiments/mnist.py.
 
 python experiments/sample.py --sampling-timesteps 50 --out samples.png
 """

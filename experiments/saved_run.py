@@ -46,7 +46,7 @@ def draw_all(
     labels: Int[np.ndarray, " count"],
     guidance_scale: float = 1.0,
 ) -> Float[np.ndarray, "count 32 32 1"]:
-    """A sample for each label, of the run's averaged parameters, a batch at a time."""
+    """A sample for each label, a batch at a time."""
     draw, count = mnist.make_sampler(run, schedule, guidance_scale=guidance_scale), len(labels)
     batch = min(BATCH, count)
     labels = np.resize(labels, math.ceil(count / batch) * batch)

@@ -18,7 +18,7 @@ from diffusion_jax.checkpoints import open_checkpoints, restore_latest
 EXPERIMENTS = Path(dj.__file__).parent.parent / "experiments"
 COMPILED_ONCE = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 TINY = ["--dataset", "digits", "--embed-dim", "4", "--dim-scales", "1", "2", "--batch-size", "8", "--num-timesteps", "12"]
-TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", "--num-samples", "5"]
+TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", "--num-samples", "5", "--ema-decay", "0.9"]
 
 
 def start(script: str, *args: object, devices: int = 1, **environment: str) -> subprocess.Popen:
