@@ -52,7 +52,9 @@ def main() -> None:
     real = classify(train.images[np.random.default_rng(0).permutation(len(train.images))[: args.num_samples]])[0]
 
     out = Path(args.out)
-    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    budget = {"iterations": args.iterations, "num_samples": args.num_samples}
+    runs = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = [run for run in runs if budget.items() <= run.items()]
     for seed in range(args.seeds):
         for name in args.recipes:
             if any((run["name"], run["seed"]) == (name, seed) for run in done):
@@ -62,9 +64,9 @@ def main() -> None:
             config = dataclasses.replace(mnist.PRESETS["paper"], **base, **options)
             loss, draw = trained(config, train)
             labels = mnist.labels_in_turn(config, BATCH)
-            samples = np.concatenate([draw(labels, first) for first in range(0, args.num_samples, BATCH)])
+            samples = np.concatenate([draw(labels, first) for first in range(0, args.num_samples, BATCH)])[: args.num_samples]
             distance = frechet_distance(real, classify(to_bytes(samples))[0])
-            run = {"name": name, "seed": seed, "loss": loss, "distance": distance}
+            run = {"name": name, "seed": seed, **budget, "loss": loss, "distance": distance}
             done.append(run)
             with out.open("a") as file:
                 print(json.dumps(run), file=file)

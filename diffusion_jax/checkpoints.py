@@ -23,8 +23,8 @@ CHECKSUMS = "checksums.json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
-def open_checkpoints(directory: str | Path, keep: int = 2) -> ocp.CheckpointManager:
-    """The checkpoints in `directory`, of which the last `keep` and that of the lowest loss (`best_step()`) are kept.
+def open_checkpoints(directory: str | Path) -> ocp.CheckpointManager:
+    """The checkpoints in `directory`, of which the last two and that of the lowest loss (`best_step()`) are kept.
 
     Close it (or use `with`) to finish its last save. Where there are several processes it belongs to this one alone.
     """
@@ -36,7 +36,7 @@ def open_checkpoints(directory: str | Path, keep: int = 2) -> ocp.CheckpointMana
     this_process = jax.process_index()
     options = ocp.CheckpointManagerOptions(
         create=False,
-        preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+        preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
         best_fn=loss,
         best_mode="min",
         multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=this_process, active_processes={this_process}),

@@ -55,7 +55,7 @@ def load_dataset(name: DatasetName = "auto", data_dir: str | os.PathLike | None 
     except DataUnavailable as reason:
         if name != "auto":
             raise
-        warnings.warn(f"training on 1,500 of scikit-learn's digits instead of MNIST: {reason}", stacklevel=2)
+        warnings.warn(f"using scikit-learn's digits instead of MNIST: {reason}", stacklevel=2)
         return _embedded_digits(split)
 
 

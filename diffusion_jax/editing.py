@@ -116,7 +116,8 @@ def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: Array
     if jnp.ndim(share) != 0:
         raise ValueError(f"share must be one number, got the shape {jnp.shape(share)}")
     towards_x, towards_y = x / jnp.linalg.norm(x), y / jnp.linalg.norm(y)
-    angle = 2 * jnp.arctan2(jnp.linalg.norm(towards_x - towards_y), jnp.linalg.norm(towards_x + towards_y))
+    apart, together = jnp.linalg.norm(towards_x - towards_y), jnp.linalg.norm(towards_x + towards_y)
+    angle = jnp.where(together == 0, jnp.nan, 2 * jnp.arctan2(apart, together))
 
     def weight(part: Array) -> Array:
         """sin(part angle) / sin(angle), also where that is 0 / 0."""

@@ -44,7 +44,7 @@ def precision_and_recall(
 ) -> tuple[float, float]:
     """The share of generated features inside the real ones' balls, and the reverse [Kynkaanniemi et al. 2019, sec. 3].
 
-    The ball around a feature reaches to the nearest but `neighbours` - 1 of the others of its set.
+    The ball around a feature reaches to the `neighbours`-th nearest of the others of its set.
     """
 
     def covered(centres: np.ndarray, points: np.ndarray) -> float:

@@ -11,7 +11,8 @@ x^T slowly, and the filter gradient of a convolution is worse. So here
 
     XLA's own convolution is faster for y and dx in float32 on images larger than 4x4.
 
-On GPU and TPU both are XLA's own. On a CPU they have no forward-mode derivative, as any function with a gradient of its own.
+On GPU and TPU both are XLA's own. On a CPU they have no forward-mode derivative, like all that have a gradient of their own
+(`jax.custom_vjp`).
 """
 
 import math

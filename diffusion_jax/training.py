@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.training import train_state
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 AXIS_NAME = "devices"
@@ -94,7 +94,7 @@ def over_devices(
         raise ValueError("there must be at least one device, got none")
     if len(devices) == 1:
         fn = partial(fn, mean_over_devices=lambda tree: tree) if out_axes is None else fn
-        return jax.jit(fn, donate_argnums=donate_argnums)
+        return jax.jit(fn, donate_argnums=donate_argnums, in_shardings=SingleDeviceSharding(devices[0]))
     devices = sorted(devices, key=lambda device: device.process_index)
     owners = [device.process_index for device in devices]
     mine = slice(owners.index(jax.process_index()), owners.index(jax.process_index()) + owners.count(jax.process_index()))

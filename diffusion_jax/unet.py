@@ -114,7 +114,7 @@ class SelfAttention(nn.Module):
         heads = math.gcd(MAX_HEADS, channels)
         h = GroupNorm(name="norm")(x).reshape(batch, height * width, channels)
         qkv = nn.DenseGeneral((3, heads, channels // heads), dtype=self.dtype, name="qkv")(h)
-        qkv = qkv.astype(jnp.float32)  # and jax 0.12.0 aborts on bfloat16 attention on a CPU without it
+        qkv = qkv.astype(jnp.float32)  # jax 0.12.0 aborts on bfloat16 attention on a CPU
         h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         h = Dense(channels, self.dtype, name="out")(h.reshape(batch, height, width, channels))
         return x + h

@@ -45,10 +45,10 @@ Classify = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def trained_classifier(data: ImageData, test: ImageData) -> tuple[Classify, float]:
-    """classify(images) -> (features, labels), and its accuracy on the test split; kept in ~/.cache/diffusion_jax."""
-    file = Path(
-        os.path.expanduser(f"~/.cache/diffusion_jax/classifier_{data.name}_{zlib.crc32(data.images.tobytes()):08x}.npz")
-    )
+    """classify(images) -> (features, labels), and its accuracy on the test split; kept in ~/.cache/diffusion_jax,
+    for these images and this file."""
+    made_of = zlib.crc32(Path(__file__).read_bytes() + data.images.tobytes())
+    file = Path(os.path.expanduser(f"~/.cache/diffusion_jax/classifier_{data.name}_{made_of:08x}.npz"))
     params = _load(file)
     if params is None:
         file.parent.mkdir(parents=True, exist_ok=True)

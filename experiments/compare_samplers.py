@@ -39,7 +39,7 @@ class Config:
     workdir: str = "runs/mnist"
     """The folder of the run; samplers.json and samplers.png are written there."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """The best is the one that the lowest training loss led to."""
+    """best is the one after the interval with the lowest mean training loss."""
     data_dir: str | None = None
     """A TFDS directory; by default TFDS's own."""
     num_samples: int = 2000

@@ -36,7 +36,7 @@ class Config:
     workdir: str = "runs/mnist"
     """The folder of the run."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """The best is the one that the lowest training loss led to."""
+    """best is the one after the interval with the lowest mean training loss."""
     data_dir: str | None = None
     """A TFDS directory; by default TFDS's own."""
     num_images: int = 6

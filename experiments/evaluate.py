@@ -32,7 +32,7 @@ class Config:
     workdir: str = "runs/mnist"
     """The folder of the run; evaluation.json and bound.png are written there."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """The best is the one that the lowest training loss led to."""
+    """best is the one after the interval with the lowest mean training loss."""
     data_dir: str | None = None
     """A TFDS directory; by default TFDS's own."""
     num_samples: int = 10_000
@@ -107,7 +107,7 @@ def bound(
         terms.append(term(state.ema_params, data.images[chosen], data.labels[chosen], t, jax.random.fold_in(key, t)))
     prior = dj.prior_bits(schedule, to_model_input(jnp.asarray(data.images[:1000])))
     terms = [np.asarray(bits, np.float64) / data.images[0].size for bits in (*terms, prior)]
-    return np.array([bits.mean() for bits in terms]), float(np.sqrt(sum(bits.var() / len(bits) for bits in terms)))
+    return np.array([bits.mean() for bits in terms]), float(np.sqrt(sum(bits.var(ddof=1) / len(bits) for bits in terms)))
 
 
 if __name__ == "__main__":

@@ -42,9 +42,9 @@ class Config:
     batch_size: int = 32
     """Images a step, over all devices."""
     embed_dim: int = 16
-    """Channels at the full resolution; with a GPU, 64 or more."""
+    """Channels of the first and the last layers; with a GPU, 64 or more."""
     dim_scales: tuple[int, ...] = (1, 2, 4, 8)
-    """Channels of each level, as multiples of embed_dim; the image is halved between levels."""
+    """Channels after each level, as multiples of embed_dim; the image is halved between levels."""
     num_timesteps: int = 500
     """T, the steps of the forward process."""
     learning_rate: float = 2e-3
@@ -110,11 +110,7 @@ def main() -> None:
     def samples(state: dj.TrainState) -> np.ndarray:
         return grid(np.asarray(draw(state.ema_params, dj.example_keys(sample_key, jnp.arange(config.num_samples)))))
 
-    def pictures(state: dj.TrainState, step: int) -> dict[str, np.ndarray]:
-        due = config.sample_every and step % config.sample_every == 0 and step < config.iterations
-        return {} if not due else {"samples": samples(state)}
-
-    state = train_in(workdir, config, state, next_step, pictures)
+    state = train_in(workdir, config, state, next_step, samples)
     with one_line_if_unwritable(workdir):
         save_picture(workdir / "samples.png", samples(state))
     print(f"wrote {workdir / 'samples.png'}")

@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 from classifier import Classify, trained_classifier
 from command_line import check_values, one_line_errors, parse_command_line, require
+from figures import to_pixels
 from jaxtyping import Float, Int, UInt8
 from machine import prepare_machine
 from tqdm import tqdm
@@ -87,7 +88,7 @@ def judge(
 
 def to_bytes(samples: Float[np.ndarray, "N 32 32 1"]) -> UInt8[np.ndarray, "N 28 28 1"]:
     """Rounded to the 256 levels of real images, without the padding."""
-    return np.rint(np.clip((samples[:, 2:30, 2:30] + 1) * 127.5, 0, 255)).astype(np.uint8)
+    return to_pixels(samples[:, 2:30, 2:30])
 
 
 def compare(ours: tuple, real: tuple, images: np.ndarray, training_images: np.ndarray) -> dict[str, float]:

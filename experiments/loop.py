@@ -30,10 +30,11 @@ def train_in(
     config: Any,
     state: TrainState,
     step_fn: Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]],
-    pictures: Callable[[TrainState, int], dict[str, np.ndarray]] = lambda state, step: {},
+    draw: Callable[[TrainState], np.ndarray] | None = None,
 ) -> TrainState:
     """Continue from the newest whole checkpoint, or from `state`, to `config.iterations` steps; each is `step_fn(state, step)`.
 
+    With `draw`, a picture of samples is written every `config.sample_every` steps but the last.
     Metrics are written before the checkpoint that covers them, and rows past the checkpoint that a run resumes from are
     dropped, so metrics.csv has each step once however often the run was stopped. Ctrl-C and SIGTERM save and exit with 128 and
     the signal's number. A loss or gradient that is not finite exits with 1, and no state past it is saved; so does a full disk.
@@ -57,12 +58,12 @@ def train_in(
             for step in range(start + 1, config.iterations + 1):
                 state, metrics = step_fn(state, step - 1)
                 pending.append((step, metrics))
-                if drawn := pictures(state, step):  # before the save that covers them
+                if draw and config.sample_every and step % config.sample_every == 0 and step < config.iterations:
+                    picture = draw(state)  # before the save that covers it
                     with failing_together():
                         if checkpoints:
-                            for name, picture in drawn.items():
-                                save_picture(workdir / f"{name}_{step:06d}.png", picture)
-                            events(step, {}, drawn)
+                            save_picture(workdir / f"samples_{step:06d}.png", picture)
+                            events(step, {}, {"samples": picture})
                 due = step == config.iterations or step % config.checkpoint_every == 0
                 logged = due or step % LOG_EVERY == 0
                 if logged or jax.process_count() == 1:

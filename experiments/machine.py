@@ -24,8 +24,8 @@ def keep_compiled_programs() -> None:
     """In ~/.cache/diffusion_jax, apart for each kind of processor; JAX_COMPILATION_CACHE_DIR names another folder.
 
     JAX 0.10 takes each kept program for one of another processor, for the sake of two hints (prefer-no-gather and
-    prefer-no-scatter), and says so at length as an error; errors of that kind are therefore silent, unless
-    JAX_LOGGING_LEVEL is set; exceptions are not.
+    prefer-no-scatter), and says so at length as an error. So what XLA logs is silent, unless JAX_LOGGING_LEVEL is
+    set; JAX's own warnings and all exceptions are not.
     """
     if "JAX_LOGGING_LEVEL" not in os.environ:
         jax.config.update("jax_logging_level", "CRITICAL")

@@ -156,10 +156,8 @@ def main() -> None:
         print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
     sampler, labels = make_sampler(config, schedule), labels_in_turn(config, config.num_samples)
 
-    def preview(state: dj.TrainState, step: int) -> dict[str, np.ndarray]:
-        if not config.sample_every or step % config.sample_every or step == config.iterations:
-            return {}
-        return {"samples": grid(sampler(state.ema_params, preview_table, sample_key, labels))}
+    def preview(state: dj.TrainState) -> np.ndarray:
+        return grid(sampler(state.ema_params, preview_table, sample_key, labels))
 
     state = train_in(workdir, config, state, make_step(config, schedule, data, train_key), preview)
 

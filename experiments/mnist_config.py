@@ -15,7 +15,7 @@ from diffusion_jax.sampling import SigmaType
 @dataclasses.dataclass(frozen=True)
 class Run:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """paper is the published recipe, improved and its small that of docs/quality.md; auto is small on a CPU, else paper."""
+    """paper is the published recipe, improved that of docs/quality.md, small its small one; auto small on a CPU, or paper."""
     workdir: str = "runs/mnist"
     """Where the run is kept. The same command continues it."""
     seed: int = 0
@@ -39,9 +39,9 @@ class Data:
 @dataclasses.dataclass(frozen=True)
 class Network:
     embed_dim: int = 128
-    """Channels at the full resolution."""
+    """Channels of the first and the last layers."""
     dim_scales: tuple[int, ...] = (1, 2, 4, 8)
-    """Channels of each level, as multiples of embed_dim; the image is halved between levels."""
+    """Channels after each level, as multiples of embed_dim; the image is halved between levels."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in; parameters are float32."""
 
@@ -71,7 +71,7 @@ class Training:
     learning_rate: float = 1e-3
     """Adam's, at the start of its cosine decay."""
     warmup: int = 0
-    """Steps in which the learning rate rises to that."""
+    """Steps in which the learning rate rises from 0 to that, at most half of all."""
     ema_decay: float = 0.0
     """Of an average of the parameters, with which samples are drawn; 0 is the parameters themselves."""
 

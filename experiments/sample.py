@@ -22,7 +22,7 @@ class Config:
     workdir: str = "runs/mnist"
     """The folder of the run."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """The best is the one that the lowest training loss led to."""
+    """best is the one after the interval with the lowest mean training loss."""
     num_samples: int | None = None
     """By default 64, or one for each label."""
     labels: tuple[int, ...] = ()

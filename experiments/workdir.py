@@ -29,27 +29,28 @@ def open_workdir(config: Any, may_differ: Collection[str], **more: str | int) ->
     """
     workdir, wanted = Path(config.workdir), json.loads(json.dumps(dataclasses.asdict(config) | more))
     if (workdir / "config.json").exists():
-        _check_same_run(workdir, wanted, may_differ)
+        _check_same_run(workdir, wanted, may_differ, more)
     elif workdir.exists() and (not workdir.is_dir() or set(os.listdir(workdir)) - {"config.json.new", "lock"}):
         raise ValueError(f"--workdir must be a new or empty folder or one that holds a run, got {workdir}")
     workdir.mkdir(parents=True, exist_ok=True)
     _lock(workdir)
     if (workdir / "config.json").exists():  # perhaps since a moment ago
-        _check_same_run(workdir, wanted, may_differ)
+        _check_same_run(workdir, wanted, may_differ, more)
     else:
         (workdir / "config.json.new").write_text(json.dumps(wanted, indent=2) + "\n")
         os.replace(workdir / "config.json.new", workdir / "config.json")
     return workdir
 
 
-def _check_same_run(workdir: Path, wanted: dict[str, Any], may_differ: Collection[str]) -> None:
+def _check_same_run(workdir: Path, wanted: dict[str, Any], may_differ: Collection[str], more: Collection[str]) -> None:
     saved = read_config(workdir)
     for name in [*wanted, *saved]:
         if name not in may_differ and saved.get(name) != wanted.get(name):
             flag = f"--{name.replace('_', '-')}"
+            known, repeat = (name, "") if name in more else (flag, f"repeat that run's {flag}, or ")
             raise ValueError(
-                f"{workdir} holds a run with {flag} {saved.get(name)}, and this command has {wanted.get(name)}: "
-                f"repeat that run's {flag}, or choose another --workdir"
+                f"{workdir} holds a run with {known} {saved.get(name)}, and this command has {wanted.get(name)}: "
+                f"{repeat}choose another --workdir"
             )
 
 

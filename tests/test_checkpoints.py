@@ -55,7 +55,7 @@ def test_save_restore_continue_equals_never_stopping(tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     state, step, x_0 = setup("mlp")
-    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+    with open_checkpoints(tmp_path) as checkpoints:
         for _ in range(4):
             state, _ = run(compile_step(step, 1), state, x_0, 1)
             save(checkpoints, state)

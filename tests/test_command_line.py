@@ -49,7 +49,7 @@ BAD_MNIST = {
     "--learning-rate nan": ("--learning-rate", "positive", "got nan"),
     "--ema-decay 1": ("--ema-decay", "less than 1", "got 1"),
     "--seed -1": ("--seed", "between 0", "got -1"),
-    "--label-dropout 0": ("--label-dropout", "between 0 and 1, and neither", "got 0"),
+    "--label-dropout 0": ("--label-dropout", "strictly between 0 and 1", "got 0"),
     "--preset": ("--preset",),
     "--dim-scales": ("--dim-scales", "one or more numbers", "got ()"),
     "--sigma-type learned --target-type pred_v": ("--loss-type", "hybrid or bound", "got l2"),
@@ -107,7 +107,7 @@ def test_sample_refuses_in_one_line(capsys, monkeypatch, trained, args):
 
 
 @pytest.mark.parametrize(
-    "args", ["--num-samples 99", "--bound-images -1", "--eta 0.5", "--sampling-timesteps 13", "--workdir no/run"]
+    "args", ["--num-samples 99", "--bound-images 1", "--eta 0.5", "--sampling-timesteps 13", "--workdir no/run"]
 )
 def test_evaluate_refuses_in_one_line(capsys, monkeypatch, trained, args):
     workdir = [] if "--workdir" in args else ["--workdir", trained]

@@ -162,6 +162,7 @@ def test_between_two_points_on_the_sphere():
     np.testing.assert_allclose(dj.spherical(x, y, 1.0), y, atol=1e-5)
     np.testing.assert_allclose(dj.spherical(x, y, 1 / 3), [3 * np.cos(np.pi / 6), 1.5], atol=1e-5)
     np.testing.assert_allclose(dj.spherical(x, x, 0.4), x, atol=1e-5)
+    assert np.isnan(dj.spherical(x, -x, 0.4)).all()
     y = 2 * jnp.array([np.cos(1.2), np.sin(1.2)])  # 1.2 from x, and nearer to 0
     expected = (np.sin(0.9) * x + np.sin(0.3) * y) / np.sin(1.2)
     np.testing.assert_allclose(dj.spherical(x, y, 0.25), expected, atol=1e-5)

@@ -41,6 +41,15 @@ def run(step, state, x_0, count):
     return state, losses
 
 
+@pytest.mark.parametrize("numbers", [(2,), (1, 3)])
+def test_a_compiled_function_runs_on_the_devices_that_it_is_given(numbers):
+    devices = [jax.devices()[number] for number in numbers]
+    double = dj.over_devices(lambda x: 2 * x, (0,), 0, devices)
+    np.testing.assert_array_equal(double(jnp.ones(4)), 2)
+    total = dj.over_devices(lambda x, mean_over_devices: mean_over_devices(x.sum()), (0,), None, devices)
+    assert total(jnp.ones(4)).devices() == set(devices)
+
+
 def test_four_devices_are_there():
     assert jax.local_device_count() == 4
 
