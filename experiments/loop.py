@@ -39,7 +39,7 @@ def train_in(
     dropped, so metrics.csv has each step once however often the run was stopped. Ctrl-C and SIGTERM save and exit with 128 and
     the signal's number. A loss or gradient that is not finite exits with 1, and no state past it is saved; so does a full disk.
     """
-    logging.set_verbosity(logging.FATAL)  # a save that fails raises as well
+    keep_failed_saves_quiet()
     first, stop, pending, losses = is_first_process(), 0, [], []
     with one_line_if_unwritable(workdir), failing_together():
         folder = open_checkpoints(workdir / "checkpoints") if first else contextlib.nullcontext()
@@ -96,6 +96,14 @@ def train_in(
         print(f"{where}; the same command continues it", file=sys.stderr) if first else None
         raise SystemExit(128 + stop)
     return state
+
+
+def keep_failed_saves_quiet() -> None:
+    """A save that fails raises; it need not be logged as well. Its other writes end later, when nobody waits for them any more,
+    and each of them would print a traceback."""
+    logging.set_verbosity(logging.FATAL)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda error: None if str(error.exc_value) == "Event loop is closed" else report(error)
 
 
 def progress_bar(start: int, iterations: int) -> tqdm:

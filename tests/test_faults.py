@@ -1,18 +1,22 @@
 """Runs that are killed, stopped, starved of disk, damaged, or shared among devices and processes."""
 
+import asyncio
 import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+import types
 from pathlib import Path
 
 import chex
 import numpy as np
 import pytest
-from loop import stop_requests
+import tensorstore
+from loop import keep_failed_saves_quiet, stop_requests
 from runs import TINY, assert_same_run, final_state, finish, run, start, wait_for
 from workdir import append_rows, keep_rows
 
@@ -145,6 +149,37 @@ def test_with_no_whole_checkpoint_nothing_is_touched(trained, tmp_path):
     assert "Traceback" not in said
     assert sorted(os.listdir(workdir / "checkpoints"), key=int) == kept
     assert (workdir / "metrics.csv").read_text() == before
+
+
+def test_a_write_that_ends_after_its_save_has_failed_says_nothing(monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    end_a_write_late()
+    assert str(said.pop().exc_value) == "Event loop is closed"
+    keep_failed_saves_quiet()
+    end_a_write_late()
+    assert not said
+    other = types.SimpleNamespace(exc_value=RuntimeError("anything else"))
+    sys.unraisablehook(other)
+    assert said == [other]
+
+
+def end_a_write_late() -> None:
+    promise, future = tensorstore.Promise.new()
+
+    async def wait():
+        await future
+
+    async def give_up():
+        task = asyncio.ensure_future(wait())
+        await asyncio.sleep(0)
+        task._log_destroy_pending = False
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(give_up())
+    loop.close()
+    promise.set_result(None)
+    time.sleep(0.1)
 
 
 @pytest.mark.slow
