@@ -204,11 +204,7 @@ def posterior_coefficients(
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
     var_t, var_s = schedule.sqrt_one_minus_alpha_bar[t] ** 2, schedule.sqrt_one_minus_alpha_bar[s] ** 2
     beta = 1 - alpha_bar_t / alpha_bar_s
-    return (
-        np.sqrt(alpha_bar_t / alpha_bar_s) * var_s / var_t,
-        np.sqrt(alpha_bar_s) * beta / var_t,
-        beta * var_s / var_t,
-    )
+    return np.sqrt(alpha_bar_t / alpha_bar_s) * var_s / var_t, np.sqrt(alpha_bar_s) * beta / var_t, beta * var_s / var_t
 
 
 def posterior(

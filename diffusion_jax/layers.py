@@ -9,9 +9,11 @@ x^T slowly, and the filter gradient of a convolution is worse. So here
         y[h, w] = sum_j (sum_i x[h+i-1, w+j-1] M[i, j])     gather three rows, multiply, add up three columns
         dx      = the same with M^T, columns gathered and rows added up;   dM = (gathered rows of x)^T (gathered columns of g)
 
-    XLA's own convolution is faster for y and dx in float32 on images larger than 4x4.
+    XLA's own convolution is faster for y and dx in float32 on images larger than 4x4;
+  - a normalization is one affine map of x, and its gradient is written out in terms of x and g, since each array of that size
+    that XLA keeps between the two passes, or reads once more, costs time.
 
-On GPU and TPU both are XLA's own. On a CPU they have no forward-mode derivative, like all that have a gradient of their own
+On GPU and TPU all are XLA's own. On a CPU they have no forward-mode derivative, like all that have a gradient of their own
 (`jax.custom_vjp`).
 """
 
@@ -59,29 +61,46 @@ class Conv3x3(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalization (Wu & He 2018) in up to 8 groups of at least 4 channels, plus a shift for each example; in float32.
-
-    Mean and variance enter through one affine map of each example's channels.
-    """
+    """Group normalization (Wu & He 2018) in up to 8 groups of 4 channels or more, and a shift of each example; in float32."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], shift: Float[Array, "#B #C"] | None = None) -> Float[Array, "B H W C"]:
-        channels = x.shape[-1]
-        groups = next(n for n in (8, 4, 2, 1) if n == 1 or (channels % n == 0 and channels >= 4 * n))
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))[None]
-        x = x.astype(jnp.float32)
-        mean = jnp.repeat(_grouped(x.mean((1, 2)), groups).mean(-1), channels // groups, -1)
-        square = ((x - mean[:, None, None]) ** 2).mean((1, 2))
-        deviation = jnp.sqrt(jnp.repeat(_grouped(square, groups).mean(-1), channels // groups, -1) + 1e-6)
-        slope = scale[None] / deviation
-        offset = bias - mean * slope
-        offset = offset if shift is None else offset + shift.astype(jnp.float32)
-        return x * slope[:, None, None] + offset[:, None, None]
+    def __call__(self, x: Float[Array, "B H W C"], shift: Float[Array, "#B #C"] | float = 0.0) -> Float[Array, "B H W C"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        offset = jnp.broadcast_to(bias[None] + jnp.asarray(shift, jnp.float32), (len(x), x.shape[-1]))
+        normalize = _group_norm if jax.default_backend() == "cpu" else lambda *operands: _group_norm_forward(*operands)[0]
+        return normalize(x.astype(jnp.float32), scale[None, None, None], offset[:, None, None])
 
 
-def _grouped(x: Array, groups: int) -> Array:
-    return x.reshape(len(x), groups, -1)
+@jax.custom_vjp
+def _group_norm(x, scale, offset):
+    return _group_norm_forward(x, scale, offset)[0]
+
+
+def _group_norm_forward(x, scale, offset):
+    mean = _over_group(x.mean((1, 2), keepdims=True))
+    inverse = 1 / jnp.sqrt(_over_group(((x - mean) ** 2).mean((1, 2), keepdims=True)) + 1e-6)
+    slope = scale * inverse
+    return x * slope + (offset - mean * slope), (x, scale, mean, inverse)
+
+
+def _group_norm_backward(saved, g):
+    x, scale, mean, inverse = saved
+    g = jax.lax.optimization_barrier(g)
+    along = inverse * (g * (x - mean)).sum((1, 2), keepdims=True)
+    total = g.sum((1, 2), keepdims=True)
+    level, curve = (_over_group(scale * part) / math.prod(x.shape[1:3]) for part in (total, along))
+    return inverse * (scale * g - level - (x - mean) * (inverse * curve)), along.sum(0, keepdims=True), total
+
+
+_group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+def _over_group(x: Float[Array, "B 1 1 C"]) -> Float[Array, "B 1 1 C"]:
+    """Each channel's mean over its group."""
+    channels = x.shape[-1]
+    groups = next(n for n in (8, 4, 2, 1) if n == 1 or (channels % n == 0 and channels >= 4 * n))
+    return jnp.repeat(x.reshape(len(x), 1, 1, groups, -1).mean(-1), channels // groups, -1)
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -102,8 +121,7 @@ def _matmul(x, kernel):
 
 def _matmul_backward(saved, g):
     x, kernel = saved
-    block = _block(math.prod(x.shape[:-1]), BLOCK)
-    return g @ kernel.T, _outer_sum(_transposed(x, block), g).astype(kernel.dtype)
+    return g @ kernel.T, _outer_sum(_transposed(x, _block(math.prod(x.shape[:-1]), BLOCK)), g).astype(kernel.dtype)
 
 
 _matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
@@ -133,8 +151,7 @@ def _conv3x3_backward(saved, g):
     batch, height, width, channels = x.shape
     images = _block(batch, max(1, BLOCK // (height * width)))
     blocks = _transposed(x, images * height * width).reshape(-1, channels, images, height, width)
-    rows = _joined(_neighbours(blocks, 3), 1).reshape(-1, 3 * channels, images * height * width)
-    matrix = _outer_sum(rows, columns)
+    matrix = _outer_sum(_joined(_neighbours(blocks, 3), 1).reshape(-1, 3 * channels, images * height * width), columns)
     return dx, matrix.reshape(3, channels, 3, -1).swapaxes(1, 2).astype(kernel.dtype)
 
 

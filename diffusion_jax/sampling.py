@@ -130,13 +130,13 @@ def sample(
     start[i] alone, whatever the batch size and the device count. The loop ends at the table's end or at its first row of t = 0,
     so it has no reverse-mode gradient; `sample_trajectory` has. Raises ValueError on a `start` of another shape or of integers.
     """
-    table, begin = _on_device(table), _start(keys, shape, start)
+    begin = _start(keys, shape, start)
 
     def step(carry):
         number, state = carry
-        return number + 1, _step(denoise, jax.tree.map(lambda column: column[number], table), state, keys, number)
+        return number + 1, _step(denoise, jax.tree.map(lambda column: jnp.asarray(column)[number], table), state, keys, number)
 
-    going_on = lambda carry: (carry[0] < len(table.t)) & (table.t[carry[0]] > 0)  # noqa: E731
+    going_on = lambda carry: (carry[0] < len(table.t)) & (jnp.asarray(table.t)[carry[0]] > 0)  # noqa: E731
     return jax.lax.while_loop(going_on, step, (0, (begin, jnp.zeros_like(begin))))[1][0]
 
 
@@ -158,7 +158,7 @@ def sample_trajectory(
         return carry, carry[0]
 
     begin = _start(keys, shape, start)
-    _, path = jax.lax.scan(step, (begin, jnp.zeros_like(begin)), (jnp.arange(len(table.t)), _on_device(table)))
+    _, path = jax.lax.scan(step, (begin, jnp.zeros_like(begin)), (jnp.arange(len(table.t)), table))
     return jnp.concatenate([begin[None], path])[::-1]
 
 
@@ -185,7 +185,3 @@ def _start(keys: Array, shape: tuple[int, ...], start: Array | None) -> Array:
 def _normal(keys: Array, number: int | Array, shape: tuple[int, ...]) -> Array:
     """The noise of the step of that number, from 1 on; 0 stands for the noise that sampling begins with."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
-
-
-def _on_device(table: SamplerTable) -> SamplerTable:
-    return jax.tree.map(jnp.asarray, table)

@@ -132,7 +132,4 @@ def check_image(shape: Sequence[int], halvings: int) -> None:
     if len(shape) != 4:
         raise ValueError(f"the UNet takes images of the shape [B, H, W, C], got {shape}")
     if any(n % 2**halvings for n in shape[1:3]):
-        raise ValueError(
-            f"the UNet halves the image {halvings} times, so height and width must be multiples of {2**halvings}, "
-            f"got {'x'.join(map(str, shape[1:3]))}"
-        )
+        raise ValueError(f"the UNet needs height and width to be multiples of {2**halvings}, got {shape[1]}x{shape[2]}")

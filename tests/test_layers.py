@@ -85,14 +85,29 @@ def test_gradients_are_the_same_on_four_devices():
     assert_close(together, jax.grad(loss)(kernel, x))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 1), (8, 2), (16, 4), (32, 8), (48, 8)])
-def test_group_norm_is_that_of_flax(channels, groups):
-    x = 2 + 3 * normal(0, 2, 4, 6, channels)
+def test_group_norm_and_its_gradients_are_those_of_flax(channels, groups, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x, shift, g = 2 + 3 * normal(0, 2, 4, 6, channels), normal(3, 2, channels), normal(4, 2, 4, 6, channels)
     params = {"scale": normal(1, channels), "bias": normal(2, channels)}
-    expected = nn.GroupNorm(groups, use_fast_variance=False).apply({"params": params}, x)
-    assert_close(GroupNorm().apply({"params": params}, x), expected)
-    shift = normal(3, 2, channels)
-    assert_close(GroupNorm().apply({"params": params}, x, shift), expected + shift[:, None, None])
+    flax_norm = lambda params, x: nn.GroupNorm(groups, use_fast_variance=False).apply({"params": params}, x)  # noqa: E731
+    assert_close(GroupNorm().apply({"params": params}, x), flax_norm(params, x))
+    actual = jax.vjp(lambda params, x, shift: GroupNorm().apply({"params": params}, x, shift), params, x, shift)
+    expected = jax.vjp(lambda params, x, shift: flax_norm(params, x) + shift[:, None, None], params, x, shift)
+    jax.tree.map(assert_close, (actual[0], actual[1](g)), (expected[0], expected[1](g)))
+
+
+def test_the_gradient_of_group_norm_survives_a_large_mean():
+    x, g = 1000 + 3 * normal(0, 4, 8, 8, 8), normal(1, 4, 8, 8, 8)
+    params = {"scale": normal(2, 8), "bias": normal(3, 8)}
+    actual = jax.vjp(lambda params, x: GroupNorm().apply({"params": params}, x), params, x)[1](g)
+    with jax.enable_x64(True):
+        wide = nn.GroupNorm(2, use_fast_variance=False, dtype=jnp.float64)
+        params, x, g = jax.tree.map(lambda value: jnp.asarray(np.asarray(value), jnp.float64), (params, x, g))
+        expected = jax.vjp(lambda params, x: wide.apply({"params": params}, x), params, x)[1](g)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
 def test_group_norm_has_float32_statistics_of_bfloat16_images():
