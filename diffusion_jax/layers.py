@@ -11,7 +11,7 @@ x^T slowly, and the filter gradient of a convolution is worse. So here
 
     XLA's own convolution is faster for y and dx in float32 on images larger than 4x4;
   - a normalization is one affine map of x, and its gradient is written out in terms of x and g, since each array of that size
-    that XLA keeps between the two passes, or reads once more, costs time.
+    that XLA keeps between the two passes, or reads once more, costs time; barriers keep it from that.
 
 On GPU and TPU all are XLA's own. On a CPU they have no forward-mode derivative, like all that have a gradient of their own
 (`jax.custom_vjp`).
@@ -138,7 +138,7 @@ def _conv3x3(x, kernel):
     if _xla_is_faster(x):
         return _xla_convolution(x, kernel)
     before, same, after = jnp.split(_gathered(x, 1, 3) @ _as_matrix(kernel), 3, -1)
-    return _shifted(before, 2, 1) + same + _shifted(after, 2, -1)
+    return _padded(before, {2: (1, -1)}) + same + _padded(after, {2: (-1, 1)})
 
 
 def _conv3x3_backward(saved, g):
@@ -148,7 +148,7 @@ def _conv3x3_backward(saved, g):
         dx = _xla_convolution(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     else:
         after, same, before = jnp.split(columns @ _as_matrix(kernel).T, 3, -1)
-        dx = _shifted(before, 1, 1) + same + _shifted(after, 1, -1)
+        dx = _padded(before, {1: (1, -1)}) + same + _padded(after, {1: (-1, 1)})
     batch, height, width, channels = x.shape
     images = _block(batch, max(1, BLOCK // (height * width)))
     blocks = _transposed(x, images * height * width).reshape(-1, channels, images, height, width)
@@ -171,26 +171,21 @@ def _as_matrix(kernel: Array) -> Array:
     return kernel.swapaxes(1, 2).reshape(3 * kernel.shape[2], -1)
 
 
-def _shifted(x: Array, axis: int, by: int) -> Array:
-    """x[i - by] along `axis`, with zeros beyond the edge."""
-    padding = [(by, -by, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
-    return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+def _padded(x: Array, padding: dict[int, tuple[int, int]]) -> Array:
+    """x with so many zeros before and after it on each axis of `padding`, or without so many elements where negative."""
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(*padding.get(axis, (0, 0)), 0) for axis in range(x.ndim)])
 
 
-def _gathered(x: Array, axis: int, along: int, direction: int = 1) -> Array:
-    """x[i-1], x[i] and x[i+1] along `axis` (x[i+1] first where `direction` is -1), joined along another axis, in memory.
+def _gathered(x: Array, axis: int, along: int, step: int = 1) -> Array:
+    """x[i - step], x[i] and x[i + step] of `axis`, with zeros beyond the edge, side by side `along` another one.
 
-    A union of bits, because XLA:CPU writes a sum twice as fast as a concatenation; the barriers keep it from computing x again.
+    Joined as a union of bits, which XLA:CPU writes twice as fast as a concatenation, and kept between barriers: else it would
+    compute x anew for each part, and the parts anew for whatever reads them.
     """
-    bits = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), f"uint{8 * x.dtype.itemsize}")
-    size = x.shape[along]
-
-    def part(place):
-        padding = [(0, 0, 0)] * x.ndim
-        padding[along] = (place * size, (2 - place) * size, 0)
-        return jax.lax.pad(_shifted(bits, axis, direction * (1 - place)), jnp.zeros((), bits.dtype), padding)
-
-    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(part(0) | part(1) | part(2), x.dtype))
+    bits, size = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), f"uint{8 * x.dtype.itemsize}"), x.shape[along]
+    moves = enumerate((step, 0, -step))
+    first, second, third = (_padded(bits, {axis: (by, -by), along: (place * size, (2 - place) * size)}) for place, by in moves)
+    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(first | second | third, x.dtype))
 
 
 def _block(count: int, most: int) -> int:
