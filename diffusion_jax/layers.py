@@ -179,8 +179,8 @@ def _padded(x: Array, padding: dict[int, tuple[int, int]]) -> Array:
 def _gathered(x: Array, axis: int, along: int, step: int = 1) -> Array:
     """x[i - step], x[i] and x[i + step] of `axis`, with zeros beyond the edge, side by side `along` another one.
 
-    Joined as a union of bits, which XLA:CPU writes twice as fast as a concatenation, and kept between barriers: else it would
-    compute x anew for each part, and the parts anew for whatever reads them.
+    Joined as a union of bits, which XLA:CPU writes twice as fast as a concatenation, behind a barrier on x, without which it
+    would compute x anew for each part. The barrier on the result keeps what reads it from being fused with it.
     """
     bits, size = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), f"uint{8 * x.dtype.itemsize}"), x.shape[along]
     moves = enumerate((step, 0, -step))
