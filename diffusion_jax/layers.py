@@ -80,18 +80,17 @@ def _group_norm(x, scale, offset):
 def _group_norm_forward(x, scale, offset):
     mean = _over_group(x.mean((1, 2), keepdims=True))
     inverse = 1 / jnp.sqrt(_over_group(((x - mean) ** 2).mean((1, 2), keepdims=True)) + 1e-6)
-    slope = scale * inverse
-    return x * slope + (offset - mean * slope), (x, scale, mean, inverse)
+    slope, intercept = _barrier((scale * inverse, offset - mean * (scale * inverse)))
+    return x * slope + intercept, (x, scale, mean, inverse)
 
 
 def _group_norm_backward(saved, g):
     x, scale, mean, inverse = saved
-    g = jax.lax.optimization_barrier(g)
-    along = inverse * (g * (x - mean)).sum((1, 2), keepdims=True)
-    total = g.sum((1, 2), keepdims=True)
-    along, total = jax.lax.optimization_barrier((along, total))
+    g = _barrier(g)
+    along, total = _barrier((inverse * (g * (x - mean)).sum((1, 2), keepdims=True), g.sum((1, 2), keepdims=True)))
     level, curve = (_over_group(scale * part) / math.prod(x.shape[1:3]) for part in (total, along))
-    return inverse * (scale * g - level - (x - mean) * (inverse * curve)), along.sum(0, keepdims=True), total
+    slope, level, curve = _barrier((scale * inverse, level * inverse, curve * inverse**2))
+    return slope * g - level - (x - mean) * curve, along.sum(0, keepdims=True), total
 
 
 _group_norm.defvjp(_group_norm_forward, _group_norm_backward)
@@ -102,6 +101,11 @@ def _over_group(x: Float[Array, "B 1 1 C"]) -> Float[Array, "B 1 1 C"]:
     channels = x.shape[-1]
     groups = next(n for n in (8, 4, 2, 1) if n == 1 or (channels % n == 0 and channels >= 4 * n))
     return jnp.repeat(x.reshape(len(x), 1, 1, groups, -1).mean(-1), channels // groups, -1)
+
+
+def _barrier(arrays):
+    """What is computed of them is kept, and not computed anew for each pixel, channel or sum that it enters; on a CPU."""
+    return jax.lax.optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -182,10 +186,10 @@ def _gathered(x: Array, axis: int, along: int, step: int = 1) -> Array:
     Joined as a union of bits, which XLA:CPU writes twice as fast as a concatenation, behind a barrier on x, without which it
     would compute x anew for each part. The barrier on the result keeps what reads it from being fused with it.
     """
-    bits, size = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), f"uint{8 * x.dtype.itemsize}"), x.shape[along]
+    bits, size = jax.lax.bitcast_convert_type(_barrier(x), f"uint{8 * x.dtype.itemsize}"), x.shape[along]
     moves = enumerate((step, 0, -step))
     first, second, third = (_padded(bits, {axis: (by, -by), along: (place * size, (2 - place) * size)}) for place, by in moves)
-    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(first | second | third, x.dtype))
+    return _barrier(jax.lax.bitcast_convert_type(first | second | third, x.dtype))
 
 
 def _block(count: int, most: int) -> int:
@@ -197,7 +201,7 @@ def _block(count: int, most: int) -> int:
 def _transposed(x: Float[Array, "*pixels C"], block: int) -> Float[Array, "blocks C block"]:
     """Blocks of pixels, with each channel's contiguous in memory."""
     x = x.reshape(-1, block, x.shape[-1]).swapaxes(1, 2)
-    return jax.lax.optimization_barrier(with_layout_constraint(x, Layout((0, 1, 2))))
+    return _barrier(with_layout_constraint(x, Layout((0, 1, 2))))
 
 
 def _outer_sum(x_transposed: Float[Array, "blocks C block"], g: Float[Array, "*pixels D"]) -> Float[Array, "C D"]:

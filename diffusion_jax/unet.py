@@ -113,8 +113,8 @@ class SelfAttention(nn.Module):
         batch, height, width, channels = x.shape
         heads = math.gcd(MAX_HEADS, channels)
         h = GroupNorm(name="norm")(x).reshape(batch, height * width, channels)
-        qkv = nn.DenseGeneral((3, heads, channels // heads), dtype=self.dtype, name="qkv")(h)
-        qkv = qkv.astype(jnp.float32)  # jax 0.12.0 aborts on bfloat16 attention on a CPU
+        # In float32, since jax 0.12.0 aborts on bfloat16 attention on a CPU.
+        qkv = nn.DenseGeneral((3, heads, channels // heads), dtype=self.dtype, name="qkv")(h).astype(jnp.float32)
         h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         h = Dense(channels, self.dtype, name="out")(h.reshape(batch, height, width, channels))
         return x + h
