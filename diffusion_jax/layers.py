@@ -104,7 +104,7 @@ def _over_group(x: Float[Array, "B 1 1 C"]) -> Float[Array, "B 1 1 C"]:
 
 
 def _barrier(arrays):
-    """What is computed of them is kept, and not computed anew for each pixel, channel or sum that it enters; on a CPU."""
+    """The same, computed once: XLA:CPU may else compute them anew in each operation that reads them, or for each pixel."""
     return jax.lax.optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
 
 
