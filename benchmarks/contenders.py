@@ -1,22 +1,26 @@
 """One contender in a process of its own: python contenders.py NAME '{"embed_dim": 32, ...}', asked through standard input.
 
-It says when its first training step is done, then answers each line with the seconds that the work on it took:
+It answers each line with one line of JSON:
 
-    train | forward | sample S | matmul
-
-or with flops, of one forward pass, or memory, the most bytes that the process has held.
+    train [N] | forward | sample COUNT STEPS | matmul    the seconds that it took, the device's work included
+    flops                                                of one forward pass, counted in the layers
+    memory                                               the most bytes held: of the device's memory, or of the process on a CPU
+    difference N                                         the largest difference of parameters after N training steps, made twice
+    rates                                                of the machine: products and additions, and bytes of memory, a second
 """
 
 import contextlib
+import importlib
 import json
 import math
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
@@ -24,24 +28,24 @@ T = 500
 SIDE = 32
 MATMUL = 2048
 CHANNELS = (1, 2, 4, 8)
+Contender = dict[str, Callable[..., Any]]
+"""What can be asked, by name."""
 
 
-class Contender(NamedTuple):
-    """What can be timed: functions that return once their work is done."""
+def timed(work: Callable) -> Callable[..., float]:
+    def seconds(*args: int) -> float:
+        start = time.perf_counter()
+        work(*args)
+        return time.perf_counter() - start
 
-    train: Callable[[], Any]
-    forward: Callable[[], Any]
-    sample: Callable[[int], Any] | None
-    matmul: Callable[[], Any]
-    flops: Callable[[], int]
-    """Of one forward pass, counted in the network's layers."""
+    return seconds
 
 
-def ours(options: dict, precision: str) -> Contender:
-    """This project, as experiments/mnist.py runs it."""
-    from machine import keep_freed_memory
+def ours(options: dict, precision: str, products: str | None = None) -> Contender:
+    """This project, as experiments/mnist.py runs it; `products` is JAX's precision of float32 products."""
+    from machine import prepare_machine
 
-    keep_freed_memory()
+    prepare_machine()
     import dataclasses
 
     import jax
@@ -52,31 +56,60 @@ def ours(options: dict, precision: str) -> Contender:
     import diffusion_jax as dj
     from diffusion_jax.data import ImageData
 
+    jax.config.update("jax_default_matmul_precision", products)
     size = {"embed_dim": options["embed_dim"], "dim_scales": CHANNELS, "batch_size": options["batch_size"]}
     config = dataclasses.replace(mnist.PRESETS["paper"], precision=precision, num_timesteps=T, **size)
-    schedule, key = dj.cosine_schedule(T), jax.random.key(0)
-    state = mnist.initial_state(config, key)
-    images = np.random.default_rng(0).integers(0, 256, (1000, 28, 28, 1), np.uint8)
-    step = mnist.make_step(config, schedule, ImageData("noise", images, np.zeros(1000, np.int64)), key)
+    schedule, (init_key, train_key, sample_key) = dj.cosine_schedule(T), jax.random.split(jax.random.key(0), 3)
+    images = np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8)
+    state = mnist.initial_state(config, init_key)
+    step = mnist.make_step(config, schedule, ImageData("noise", images, np.zeros(len(images), np.int32)), train_key)
     draw = mnist.make_sampler(config, schedule)
     network = mnist.make_network(config)
     apply = jax.jit(lambda params, x_t, t: network.apply({"params": params}, x_t, t))
     x_t, t = jnp.zeros((options["batch_size"], SIDE, SIDE, 1)), jnp.ones(options["batch_size"], jnp.int32)
-    square = jax.random.normal(key, (MATMUL, MATMUL), mnist.DTYPES[precision])
+    square = jax.random.normal(init_key, (MATMUL, MATMUL), mnist.DTYPES[precision])
     multiply = jax.jit(jnp.matmul)
 
-    def train():
+    def train(steps: int = 1) -> None:
         nonlocal state
-        state = jax.block_until_ready(step(state, 0)[0])
+        for number in range(steps):
+            state, _ = step(state, number)
+        jax.block_until_ready(state)
 
-    def sample(steps: int):
-        labels = mnist.labels_in_turn(config, options["num_samples"])
-        draw(state.ema_params, dj.ancestral_table(schedule, sampling_timesteps=steps), key, labels)
+    def sample(count: int, steps: int) -> None:
+        draw(
+            state.params,
+            dj.ancestral_table(schedule, sampling_timesteps=steps),
+            sample_key,
+            mnist.labels_in_turn(config, count),
+        )
 
-    forward = lambda: apply(state.params, x_t, t).block_until_ready()  # noqa: E731
-    matmul = lambda: multiply(square, square).block_until_ready()  # noqa: E731
-    layers = lambda params: network.apply({"params": params}, x_t, t)  # noqa: E731
-    return Contender(train, forward, sample, matmul, lambda: flops_of(jax.make_jaxpr(layers)(state.params).jaxpr))
+    def difference(steps: int) -> float:
+        runs = []
+        for _ in range(2):
+            run = mnist.initial_state(config, init_key)
+            for number in range(steps):
+                run, _ = step(run, number)
+            runs.append(jax.device_get(run.params))
+        return float(max(np.abs(one - other).max() for one, other in zip(*map(jax.tree.leaves, runs), strict=True)))
+
+    def memory() -> int:
+        statistics = jax.devices()[0].memory_stats()
+        return statistics["peak_bytes_in_use"] if statistics else memory_of_process()
+
+    def flops() -> int:
+        layers = jax.make_jaxpr(lambda params: network.apply({"params": params}, x_t, t))
+        return flops_of(layers(state.params).jaxpr)
+
+    return {
+        "train": timed(train),
+        "forward": timed(lambda: apply(state.params, x_t, t).block_until_ready()),
+        "sample": timed(sample),
+        "matmul": timed(lambda: multiply(square, square).block_until_ready()),
+        "flops": flops,
+        "memory": memory,
+        "difference": difference,
+    }
 
 
 def flops_of(jaxpr) -> int:
@@ -96,7 +129,33 @@ def flops_of(jaxpr) -> int:
     return total
 
 
-def original(options: dict, tuned: bool = True, compiled: bool = False, autocast: bool = False) -> Contender:
+def memory_of_process() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def machine(options: dict) -> Contender:
+    """The device's own rates: the best of several sizes, each the best of five timings of ten runs."""
+    import jax
+    import jax.numpy as jnp
+
+    def best(work: Callable, amount: float, *args: Any) -> float:
+        jax.block_until_ready(work(*args))
+        timings = [timed(lambda: jax.block_until_ready([work(*args) for _ in range(10)]))() / 10 for _ in range(5)]
+        return amount / min(timings)
+
+    def rates() -> dict[str, float]:
+        multiply, add_one = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+        result = {}
+        for name, dtype in (("bfloat16", jnp.bfloat16), ("TF32", jnp.float32)):
+            squares = [jax.random.normal(jax.random.key(0), (size, size), dtype) for size in options["matmul_sizes"]]
+            result[name] = max(best(multiply, 2 * len(x) ** 3, x, x) for x in squares)
+        x = jnp.zeros(options["bandwidth_bytes"] // 4, jnp.float32)
+        return result | {"bandwidth": best(add_one, 2 * x.nbytes, x), "device": jax.devices()[0].device_kind}
+
+    return {"rates": rates}
+
+
+def original(options: dict, tuned: bool = True, mode: str | None = None, autocast: bool = False) -> Contender:
     """The original PyTorch code, trained as its examples/ex_mnist_simple.py does."""
     sys.path.insert(0, options["reference"])
     from src.blocks import UNet
@@ -108,11 +167,12 @@ def original(options: dict, tuned: bool = True, compiled: bool = False, autocast
         input_shape=(1, SIDE, SIDE),
         config=DiffusionModelConfig(num_timesteps=T, target_type="pred_x_0", gamma_type="ddpm"),
     )
-    return in_torch(options, network, make, tuned, compiled, autocast)
+    return in_torch(options, network, make, tuned, mode, autocast)
 
 
 def diffusers(options: dict) -> Contender:
     """diffusers' UNet2DModel of the nearest size, with a squared error; timed for its rate alone."""
+    import torch
     from diffusers import UNet2DModel
 
     network = UNet2DModel(
@@ -125,91 +185,110 @@ def diffusers(options: dict) -> Contender:
         up_block_types=("UpBlock2D",) * 4,
     )
 
-    class Model:
-        nn_module, parameters = staticmethod(lambda x, t: network(x, t).sample), network.parameters
-        loss, train, eval = staticmethod(lambda x: (network(x, 1).sample - x) ** 2), network.train, network.eval
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nn_module = lambda x, t: network(x, t).sample
+            self.network = network
 
-    return in_torch(options, network, lambda _: Model, tuned=True)
+        def loss(self, x):
+            return (self.nn_module(x, 1) - x) ** 2
+
+    return in_torch(options, network, lambda _: Model(), tuned=True)
 
 
 def in_torch(
-    options: dict, network: Any, make_model: Callable, tuned: bool, compiled: bool = False, autocast: bool = False
+    options: dict, network: Any, make_model: Callable, tuned: bool, mode: str | None = None, autocast: bool = False
 ) -> Contender:
-    """Tuned is in channels_last, with freed memory kept as this project keeps it."""
+    """`tuned` is in channels_last, with TF32 and cuDNN's search on a GPU, and with freed memory kept on a CPU.
+
+    `mode` is that of torch.compile.
+    """
     import torch
     from machine import keep_freed_memory
     from torch.utils.flop_counter import FlopCounterMode
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if tuned:
         keep_freed_memory()
+        torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(0)
     layout = torch.channels_last if tuned else torch.contiguous_format
     network = network.to(memory_format=layout)
-    model = make_model(torch.compile(network, dynamic=False) if compiled else network)
+    model = make_model(torch.compile(network, mode=mode, dynamic=False) if mode else network).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    data = torch.rand(1000, 1, SIDE, SIDE) * 2 - 1
+    data = torch.rand(60_000, 1, SIDE, SIDE, device=device) * 2 - 1
     x = data[: options["batch_size"]].contiguous(memory_format=layout)
-    t = torch.ones(options["batch_size"], dtype=torch.int64)
-    square = torch.randn(MATMUL, MATMUL, dtype=torch.bfloat16 if autocast else torch.float32)
-    cast = partial(torch.autocast, "cpu", torch.bfloat16) if autocast else contextlib.nullcontext
+    t = torch.ones(options["batch_size"], dtype=torch.int64, device=device)
+    square = torch.randn(MATMUL, MATMUL, dtype=torch.bfloat16 if autocast else torch.float32, device=device)
+    cast = partial(torch.autocast, device, torch.bfloat16) if autocast else contextlib.nullcontext
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
-    def train():
+    def train(steps: int = 1) -> None:
         model.train()
-        batch = data[torch.randint(len(data), (options["batch_size"],))].contiguous(memory_format=layout)
-        optimizer.zero_grad()
-        with cast():
-            loss = model.loss(batch).mean()
-        loss.backward()
-        optimizer.step()
+        for _ in range(steps):
+            batch = data[torch.randint(len(data), (options["batch_size"],), device=device)].contiguous(memory_format=layout)
+            optimizer.zero_grad()
+            with cast():
+                loss = model.loss(batch).mean()
+            loss.backward()
+            optimizer.step()
+        wait()
 
-    def forward():
+    def forward() -> None:
         model.eval()
         with torch.no_grad(), cast():
             model.nn_module(x, t)
+        wait()
 
-    def sample(steps: int):
+    def sample(count: int, steps: int) -> None:
         model.eval()
         with torch.no_grad(), cast():
-            model.sample(options["num_samples"], "cpu", steps)
+            model.sample(count, device, steps)
+        wait()
 
     def flops() -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network.eval()(x, t)
         return counter.get_total_flops()
 
-    return Contender(train, forward, sample if hasattr(model, "sample") else None, lambda: square @ square, flops)
+    return {
+        "train": timed(train),
+        "forward": timed(forward),
+        "sample": timed(sample) if hasattr(model, "sample") else lambda *_: None,
+        "matmul": timed(lambda: (square @ square, wait())),
+        "flops": flops,
+        "memory": lambda: torch.cuda.max_memory_reserved() if device == "cuda" else memory_of_process(),
+    }
 
 
 CONTENDERS = {
-    "ours": partial(ours, precision="float32"),
+    "machine": machine,
+    "ours, float32": partial(ours, precision="float32", products="highest"),
+    "ours, TF32": partial(ours, precision="float32"),
     "ours, bfloat16": partial(ours, precision="bfloat16"),
     "original, as it is": partial(original, tuned=False),
     "original, tuned": original,
-    "original, tuned, torch.compile": partial(original, compiled=True),
-    "original, tuned, torch.compile, bfloat16": partial(original, compiled=True, autocast=True),
+    "original, tuned, torch.compile": partial(original, mode="default"),
+    "original, tuned, bfloat16": partial(original, autocast=True),
+    "original, tuned, torch.compile, bfloat16": partial(original, mode="default", autocast=True),
+    "original, tuned, CUDA graphs, bfloat16": partial(original, mode="reduce-overhead", autocast=True),
     "diffusers UNet2DModel, tuned": diffusers,
 }
 
 
-def seconds(work: Callable, *args: int) -> float:
-    start = time.perf_counter()
-    work(*args)
-    return time.perf_counter() - start
-
-
 def main() -> None:
     name, options = sys.argv[1], json.loads(sys.argv[2])
-    contender = CONTENDERS[name](options)
-    print(json.dumps(seconds(contender.train)), flush=True)
+    importlib.import_module("jax" if name.startswith(("ours", "machine")) else "torch")  # while others are at work
+    contender = None
     for line in sys.stdin:
         command, *args = line.split()
-        if command == "memory":
-            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        elif command == "flops":
-            answer = contender.flops()
-        else:
-            work = getattr(contender, command)
-            answer = None if work is None else seconds(work, *map(int, args))
+        try:
+            contender = contender or CONTENDERS[name](options)
+            answer = contender[command](*map(int, args))
+        except Exception as problem:
+            answer = {"error": (str(problem) or type(problem).__name__).splitlines()[0][:300]}
+            traceback.print_exc()
         print(json.dumps(answer), flush=True)
 
 

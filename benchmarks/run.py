@@ -4,25 +4,33 @@ python benchmarks/run.py --reference ../diffusion    # a clone of https://github
 """
 
 import dataclasses
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
-from contenders import CONTENDERS, MATMUL, T
+from contenders import MATMUL, T
 from tqdm import tqdm
+from workers import Worker
 
-HERE = Path(__file__).resolve().parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-REPEATS = {"train": 5, "forward": 5, "matmul": 5, f"sample {T // 10}": 1, f"sample {T}": 1}
+ENVIRONMENT = {"OMP_NUM_THREADS": str(CORES), "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "0", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+SECONDS = 7200
+CONTENDERS = (
+    "ours, float32",
+    "ours, bfloat16",
+    "original, as it is",
+    "original, tuned",
+    "original, tuned, torch.compile",
+    "original, tuned, torch.compile, bfloat16",
+    "diffusers UNet2DModel, tuned",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,44 +46,33 @@ class Options:
     """Without its ending: .md gets the table, .png the plot."""
 
 
-class Worker:
-    """A contender in a process of its own; ask(line) is its answer."""
-
-    def __init__(self, name: str, options: Options):
-        start = time.perf_counter()
-        command = [sys.executable, str(HERE / "contenders.py"), name, json.dumps(dataclasses.asdict(options))]
-        alike = {"OMP_NUM_THREADS": str(CORES), "JAX_PLATFORMS": "cpu"}
-        alike |= {"JAX_ENABLE_COMPILATION_CACHE": "0", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        self.name, pipe = name, subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | alike)
-        first = self.answer()
-        self.start = time.perf_counter() - start
-        self.compilation = first - self.ask("train")
-
-    def answer(self) -> Any:
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else sys.exit(f"error: the contender {self.name!r} stopped")
-
-    def ask(self, line: str) -> Any:
-        print(line, file=self.process.stdin, flush=True)
-        return self.answer()
+def first_step(worker: Worker) -> tuple[float, float]:
+    """The seconds to the end of the first step, and what of them was compilation."""
+    begin = time.perf_counter()
+    first = worker.ask("train")
+    seconds = time.perf_counter() - begin
+    return seconds, first - worker.ask("train")
 
 
-def race(workers: list[Worker], rounds: int) -> list[dict[str, list[float]]]:
+def race(workers: list[Worker], rounds: int, num_samples: int) -> list[dict[str, list[float]]]:
     """Seconds of each contender at each task, one after the other in every round; a first round warms up."""
-    times = [{task: [] for task in REPEATS} for _ in workers]
+    tasks = {"train": ("train", 5), "forward": ("forward", 5), "matmul": ("matmul", 5)}
+    tasks |= {str(steps): (f"sample {num_samples} {steps}", 1) for steps in (T // 10, T)}
+    times = [{task: [] for task in tasks} for _ in workers]
     for number in tqdm(range(rounds + 1), desc="rounds"):
-        for task, repeats in REPEATS.items():
+        for task, (line, repeats) in tasks.items():
             for worker, measured in zip(workers, times, strict=True):
-                if number == 0 and task == f"sample {T}":
+                if number == 0 and task == str(T):
                     continue  # the shorter one has warmed it up
-                answers = [worker.ask(task) for _ in range(repeats)]
+                answers = [worker.ask(line) for _ in range(repeats)]
                 if number and None not in answers:
                     measured[task].append(statistics.median(answers))
     return times
 
 
-def table(workers: list[Worker], times: list[dict[str, list[float]]], baseline: float) -> list[str]:
+def table(
+    workers: list[Worker], starts: list[tuple[float, float]], times: list[dict[str, list[float]]], baseline: float
+) -> list[str]:
     def spread(values: list[float], unit: float = 1) -> str:
         if not values:
             return ""
@@ -87,7 +84,7 @@ def table(workers: list[Worker], times: list[dict[str, list[float]]], baseline: 
         f"{T // 10} steps, s | {T} steps, s | compilation, s | start to first step, s | peak memory, GB |",
         "|---|" + "---|" * 10,
     ]
-    for worker, measured in zip(workers, times, strict=True):
+    for worker, (seconds, compilation), measured in zip(workers, starts, times, strict=True):
         step = statistics.median(measured["train"])
         rate, product = 3 * worker.ask("flops") / step, 2 * MATMUL**3 / statistics.median(measured["matmul"])
         cells = [
@@ -97,10 +94,10 @@ def table(workers: list[Worker], times: list[dict[str, list[float]]], baseline: 
             f"{rate / 1e12:.3f}",
             f"{rate / product:.0%}",
             spread(measured["forward"], 1e3),
-            spread(measured[f"sample {T // 10}"]),
-            spread(measured[f"sample {T}"]),
-            f"{worker.compilation:.1f}",
-            f"{worker.start:.1f}",
+            spread(measured[str(T // 10)]),
+            spread(measured[str(T)]),
+            f"{compilation:.1f}",
+            f"{seconds:.1f}",
             f"{worker.ask('memory') / 1e9:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -127,9 +124,12 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if not (Path(options.reference) / "src" / "simple" / "diffusion.py").exists():
         sys.exit(f"error: --reference must be a clone of the original, with src/simple/diffusion.py; got {options.reference}")
-    options = dataclasses.replace(options, reference=str(Path(options.reference).resolve()))
-    workers = [Worker(name, options) for name in tqdm(CONTENDERS, desc="first steps")]
-    times = race(workers, options.rounds)
+    given = dataclasses.asdict(options) | {"reference": str(Path(options.reference).resolve())}
+    workers, starts = [], []
+    for name in tqdm(CONTENDERS, desc="first steps"):
+        workers.append(Worker(name, given, ENVIRONMENT, SECONDS))
+        starts.append(first_step(workers[-1]))
+    times = race(workers, options.rounds, options.num_samples)
     steps = {worker.name: statistics.median(measured["train"]) for worker, measured in zip(workers, times, strict=True)}
     baseline = steps["original, as it is"]
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "diffusers"))
@@ -137,7 +137,7 @@ def main() -> None:
         f"{CORES} cores, Python {platform.python_version()}, {versions}; embed_dim {options.embed_dim}, "
         f"batch {options.batch_size}, {options.num_samples} samples; medians (and range) of {options.rounds} rounds."
     )
-    lines = [header, "", *table(workers, times, baseline)]
+    lines = [header, "", *table(workers, starts, times, baseline)]
     Path(options.out + ".md").write_text("\n".join(lines) + "\n")
     names = [name for name in steps if comparable(name)]
     plot(names, [baseline / steps[name] for name in names], Path(options.out + ".png"))
