@@ -76,9 +76,9 @@ class UNet(nn.Module):
             x = pixel_shuffle(dense(4 * widths[level], f"up_{level}")(x)) if level > 0 else dense(widths[0], "up_0")(x)
 
         x = block(self.embed_dim, "out_block")(x + first, time)
-        x = silu(GroupNorm(name="out_norm")(x))
+        x = GroupNorm(jnp.float32, silu, name="out_norm")(x)
         outputs = 2 * self.in_dim if self.learned_variance else self.in_dim
-        x = nn.Dense(outputs, kernel_init=nn.initializers.zeros, name="out")(x.astype(jnp.float32))
+        x = nn.Dense(outputs, kernel_init=nn.initializers.zeros, name="out")(x)
         return (x[..., : self.in_dim], (x[..., self.in_dim :] + 1) / 2) if self.learned_variance else x
 
 
@@ -93,10 +93,10 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], time: Float[Array, "B E"]) -> Float[Array, "B H W features"]:
-        h = silu(GroupNorm(name="norm_1")(x))
+        h = GroupNorm(self.dtype, silu, name="norm_1")(x)
         h = Conv3x3(self.features, self.dtype, name="conv_1")(h)
         shift = Dense(self.features, self.dtype, name="shift")(time)
-        h = silu(GroupNorm(name="norm_2")(h, shift))
+        h = GroupNorm(self.dtype, silu, name="norm_2")(h, shift)
         h = Conv3x3(self.features, self.dtype, nn.initializers.zeros, name="conv_2")(h)
         if x.shape[-1] != self.features:
             x = Dense(self.features, self.dtype, use_bias=False, name="shortcut")(x)
@@ -112,7 +112,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         batch, height, width, channels = x.shape
         heads = math.gcd(MAX_HEADS, channels)
-        h = GroupNorm(name="norm")(x).reshape(batch, height * width, channels)
+        h = GroupNorm(self.dtype, name="norm")(x).reshape(batch, height * width, channels)
         # In float32, since jax 0.12.0 aborts on bfloat16 attention on a CPU.
         qkv = nn.DenseGeneral((3, heads, channels // heads), dtype=self.dtype, name="qkv")(h).astype(jnp.float32)
         h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])

@@ -1,0 +1,179 @@
+"""Layers as XLA:CPU runs them fast. Delete this file and its uses in layers.py, and everything else stays the same.
+
+XLA:CPU multiplies matrices at the machine's rate, but runs the gradient of a convolution at a fourth of it, and also that of a
+product with respect to its kernel, since it contracts over the pixels, which are not contiguous. So here
+
+  - the kernel's gradient of a product first transposes the gradient of its output in memory, in blocks of pixels that fit a
+    core's cache;
+  - a 3x3 convolution is one matrix product: with M[(i, c), (j, d)] = kernel[i, j, c, d], rows i and columns j of the filter,
+
+        y[h, w] = sum_j (sum_i x[h+i-1, w+j-1] M[i, j])     gather three rows, multiply, add up three columns
+
+    XLA's own convolution is faster for y and the input's gradient in float32 on images larger than 4x4;
+  - barriers keep a normalization from computing once a pixel what it needs once a channel.
+
+Each function has a `jax.custom_jvp` whose tangent is made of linear operations, chosen so that their transposes, which are the
+gradients, are fast. So derivatives of any order exist, in forward and reverse mode. `jax.checkpoint` keeps the input instead of
+what is computed from it.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float
+
+BLOCK = 1024  # pixels of one product in a gradient: its operands fit a core's cache
+SMALL_IMAGE = 16  # pixels, up to which XLA:CPU's float32 convolution is slower than a matrix product
+
+
+@jax.custom_jvp
+def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array, "... D"]:
+    """x @ kernel."""
+    return x @ kernel
+
+
+@matmul.defjvp
+def _(primals, tangents):
+    (x, kernel), (dx, dkernel) = primals, tangents
+    return x @ kernel, dx @ kernel + _product_with_tangent(x, dkernel)
+
+
+@jax.checkpoint
+def _product_with_tangent(x, dkernel):
+    """x @ dkernel."""
+    blocks = x.reshape(-1, _block(math.prod(x.shape[:-1]), BLOCK), x.shape[-1])
+    return _by_blocks(blocks, dkernel).swapaxes(1, 2).reshape(*x.shape[:-1], -1)
+
+
+def _by_blocks(blocks: Float[Array, "blocks P C"], dkernel: Float[Array, "C D"]) -> Float[Array, "blocks D P"]:
+    """The transpose of each block @ dkernel. Its own transpose is a sum of products over blocks, added up in float32."""
+    turned = dkernel.T.astype(jnp.promote_types(dkernel.dtype, jnp.float32))
+    turned = jax.lax.optimization_barrier(turned)  # keeps XLA from turning the products' operands instead
+    copies = jnp.broadcast_to(turned, (len(blocks), *turned.shape)).astype(blocks.dtype)
+    products = jax.lax.dot_general(copies, blocks, (((2,), (2,)), ((0,), (0,))))
+    return jax.lax.optimization_barrier(with_layout_constraint(products, Layout((0, 1, 2))))
+
+
+@jax.custom_jvp
+def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
+    """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge."""
+    return _convolution(x, kernel) if _xla_is_faster(x) else _columns_added(_rows_gathered(x) @ _as_matrix(kernel))
+
+
+@conv3x3.defjvp
+def _(primals, tangents):
+    (x, kernel), (dx, dkernel) = primals, tangents
+    if _xla_is_faster(x):
+        turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+        y = _convolution(x, kernel)
+        (along_x,) = jax.linear_transpose(lambda g: _convolution(g, turned), y)(dx)  # its transpose is that convolution again
+    else:
+        y, along_x = conv3x3(x, kernel), _columns_added(_rows_concatenated(dx) @ _as_matrix(kernel))
+    return y, along_x + _convolution_with_tangent(x, dkernel)
+
+
+@jax.checkpoint
+def _convolution_with_tangent(x, dkernel):
+    """conv3x3(x, dkernel)."""
+    batch, height, width, channels = x.shape
+    images = _block(batch, max(1, BLOCK // (height * width)))
+    blocks = _rows_gathered(x).reshape(-1, images * height * width, 3 * channels)
+    products = _by_blocks(blocks, _as_matrix(dkernel)).reshape(len(blocks), -1, images, height, width)
+    return _columns_added(products, 1, 4).swapaxes(0, 1).reshape(-1, batch, height, width).transpose(1, 2, 3, 0)
+
+
+def _xla_is_faster(x: Array) -> bool:
+    return x.dtype != jnp.bfloat16 and x.shape[1] * x.shape[2] > SMALL_IMAGE
+
+
+def _convolution(x: Array, kernel: Array) -> Array:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _as_matrix(kernel: Array) -> Array:
+    return kernel.swapaxes(1, 2).reshape(3 * kernel.shape[2], -1)
+
+
+def _padded(x: Array, padding: dict[int, tuple[int, int]]) -> Array:
+    """x with so many zeros before and after it on each axis of `padding`, or without so many elements where negative."""
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(*padding.get(axis, (0, 0)), 0) for axis in range(x.ndim)])
+
+
+@jax.custom_jvp
+def _rows_gathered(x: Float[Array, "B H W C"]) -> Float[Array, "B H W 3*C"]:
+    """Rows h - 1, h and h + 1, with zeros beyond the edge, side by side as channels.
+
+    Joined as a union of bits, which XLA:CPU writes twice as fast as a concatenation.
+    """
+    bits = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), f"uint{8 * x.dtype.itemsize}")
+    size = x.shape[-1]
+    first, second, third = (_padded(bits, {1: (1 - i, i - 1), 3: (i * size, (2 - i) * size)}) for i in range(3))
+    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(first | second | third, x.dtype))
+
+
+@_rows_gathered.defjvp
+def _(primals, tangents):
+    ((x,), (dx,)) = primals, tangents
+    return _rows_gathered(x), _rows_concatenated(dx)
+
+
+def _rows_concatenated(dx):
+    return jnp.concatenate([_padded(dx, {1: (1 - i, i - 1)}) for i in range(3)], -1)
+
+
+def _columns_added(products: Array, channel_axis: int = 3, column_axis: int = 2) -> Array:
+    """The sum of column w - 1 of the first third of the channels, w of the second and w + 1 of the last."""
+    products, size = jax.lax.optimization_barrier(products), products.shape[channel_axis] // 3
+    thirds = [(-j * size, (j - 2) * size) for j in range(3)]
+    if products.dtype == jnp.bfloat16:
+        columns = jnp.split(products, 3, channel_axis)
+        return sum(_padded(column, {column_axis: (1 - j, j - 1)}) for j, column in enumerate(columns))
+    return sum(_padded(products, {channel_axis: thirds[j], column_axis: (1 - j, j - 1)}) for j in range(3))
+
+
+def _block(count: int, most: int) -> int:
+    """The largest divisor of `count` up to `most`; `count` itself where that would make blocks too small to be worth it."""
+    divisor = next((size for size in range(min(count, most), 0, -1) if count % size == 0), 1)
+    return divisor if 4 * divisor >= most else max(count, 1)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def group_norm(
+    x: Float[Array, "B H W C"], scale: Float[Array, "1 1 1 C"], offset: Float[Array, "B 1 1 C"], groups: int
+) -> Float[Array, "B H W C"]:
+    """(x - mean) / deviation * scale + offset, with the mean and deviation of each group of channels."""
+    mean, inverse = _mean_and_inverse(x, groups)
+    slope, intercept = jax.lax.optimization_barrier((scale * inverse, offset - mean * (scale * inverse)))
+    return x * slope + intercept
+
+
+@group_norm.defjvp
+def _(groups, primals, tangents):
+    x, scale, offset = primals
+    mean, inverse = _mean_and_inverse(x, groups)
+    slope, intercept = jax.lax.optimization_barrier((scale * inverse, offset - mean * (scale * inverse)))
+    return x * slope + intercept, _normalization_with_tangents(groups, x, scale, mean, inverse, *tangents)
+
+
+@partial(jax.checkpoint, static_argnums=0)
+def _normalization_with_tangents(groups, x, scale, mean, inverse, dx, dscale, doffset):
+    distance, slope = x - mean, jax.lax.optimization_barrier(scale * inverse)
+    level = slope * mean_of_groups(dx, groups)
+    curve = slope * inverse**2 * mean_of_groups(distance * dx, groups)
+    along, level = jax.lax.optimization_barrier((inverse * dscale - curve, doffset - level))
+    return jax.lax.optimization_barrier(slope * dx + distance * along + level)
+
+
+def _mean_and_inverse(x, groups):
+    mean = mean_of_groups(x, groups)
+    return mean, 1 / jnp.sqrt(mean_of_groups((x - mean) ** 2, groups) + 1e-6)
+
+
+def mean_of_groups(x: Float[Array, "B H W C"], groups: int) -> Float[Array, "B 1 1 C"]:
+    """The mean over the pixels and the channels of a group, for each of its channels."""
+    batch, _, _, channels = x.shape
+    means = x.mean((1, 2), keepdims=True).reshape(batch, 1, 1, groups, -1).mean(-1)
+    return jnp.repeat(means, channels // groups, -1)
