@@ -41,7 +41,7 @@ def train_in(
     """
     keep_failed_saves_quiet()
     first, stop, pending, losses = is_first_process(), 0, [], []
-    with one_line_if_unwritable(workdir), failing_together():
+    with one_line_errors(), one_line_if_unwritable(workdir), failing_together():
         folder = open_checkpoints(workdir / "checkpoints") if first else contextlib.nullcontext()
     with one_line_if_unwritable(workdir), stop_requests() as requests, folder as checkpoints:
         with one_line_errors(), failing_together():

@@ -77,7 +77,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
 def resume(workdir: Path, checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
     """The state of the newest whole checkpoint, or `state`. What came after it is dropped, and checkpoints that are damaged are
     renamed. Raises ValueError if all of them are."""
-    for unfinished in (workdir / "checkpoints").glob(UNFINISHED):
+    for unfinished in (workdir / "checkpoints").glob(f"*{UNFINISHED}"):
         shutil.rmtree(unfinished)
     state = restore_latest(checkpoints, state)
     for step in checkpoints.all_steps():

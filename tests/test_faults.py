@@ -115,6 +115,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     chex.assert_tree_all_finite(final_state(tmp_path / "run").params)
 
 
+def test_a_run_in_a_folder_whose_name_is_a_pattern_is_resumed(tmp_path):
+    args = ["--workdir", tmp_path / "lr[1e-3] a\\b?", "--iterations", "4", "--checkpoint-every", "2"]
+    run("mixture.py", *args)
+    assert "at step 4 of 4" in run("mixture.py", *args)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
