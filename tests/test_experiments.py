@@ -7,7 +7,6 @@ import shutil
 import struct
 import sys
 
-import folder
 import jax
 import mnist
 import numpy as np
@@ -189,20 +188,6 @@ def test_folder_trains_on_images_of_any_size_and_mode(tmp_path):
     said = finish(start("folder.py", *args), 2)  # it would be another run
     assert "holds a run with images" in said
     assert "--images" not in said
-
-
-def test_folder_reads_pictures_as_a_person_sees_them(tmp_path):
-    half = np.zeros((8, 8, 3), np.uint8)
-    half[:4] = 255
-    turned = Image.Exif()
-    turned[0x0112] = 3
-    Image.fromarray(half).save(tmp_path / "a.png", exif=turned)
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "b.png")
-    Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(tmp_path / "c.png")
-    upside_down, clear, grey = folder.read_images(tmp_path, 8)
-    np.testing.assert_array_equal(upside_down, half[::-1])
-    assert (clear == 255).all()
-    assert (grey == 128).all()
 
 
 def test_schedules_draws_its_figure(capsys, monkeypatch, tmp_path):
