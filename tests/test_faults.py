@@ -18,7 +18,6 @@ import pytest
 import tensorstore
 from loop import keep_failed_saves_quiet, stop_requests
 from runs import EXPERIMENTS, TINY, assert_same_run, final_state, finish, run, start, wait_for
-from workdir import append_rows, keep_rows
 
 LONG = [*TINY, "--iterations", "400", "--checkpoint-every", "5", "--sample-every", "0"]
 
@@ -87,24 +86,6 @@ def test_the_second_signal_does_what_it_always_did():
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-@pytest.mark.parametrize("torn", ["", "5,0.", "5", "5,0.1,0.2\n6,0.1,0.2\n", "5,0.1,0.2\n6"])
-def test_rows_past_the_checkpoint_are_dropped_even_if_they_are_torn(tmp_path, torn):
-    four = [{"step": step, "loss": 0.5, "norm": 1.0} for step in range(1, 5)]
-    append_rows(tmp_path, four)
-    whole = (tmp_path / "metrics.csv").read_bytes()
-    (tmp_path / "metrics.csv").write_bytes(whole + torn.encode())
-    keep_rows(tmp_path, 4)
-    assert (tmp_path / "metrics.csv").read_bytes() == whole
-    keep_rows(tmp_path, 2)
-    append_rows(tmp_path, four[2:])
-    assert (tmp_path / "metrics.csv").read_bytes() == whole
-    with pytest.warns(UserWarning, match="lacks rows of steps up to 7"):
-        keep_rows(tmp_path, 7)
-    keep_rows(tmp_path, 0)
-    append_rows(tmp_path, four)
-    assert (tmp_path / "metrics.csv").read_bytes() == whole
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     args = ["--workdir", tmp_path / "run", "--learning-rate", "1e30", "--checkpoint-every", "1", "--sample-every", "0"]
     said = run("mnist.py", *TINY, *args, "--seed", "3", status=1)
@@ -113,12 +94,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     assert "Traceback" not in said
     assert final_state(tmp_path / "run").step == step - 1
     chex.assert_tree_all_finite(final_state(tmp_path / "run").params)
-
-
-def test_a_run_in_a_folder_whose_name_is_a_pattern_is_resumed(tmp_path):
-    args = ["--workdir", tmp_path / "lr[1e-3] a\\b?", "--iterations", "4", "--checkpoint-every", "2"]
-    run("mixture.py", *args)
-    assert "at step 4 of 4" in run("mixture.py", *args)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(trained, tmp_path):
