@@ -13,6 +13,7 @@ import warnings
 import zlib
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jaxtyping import UInt8
 from loop import train_in
 from machine import prepare_machine
 from PIL import ExifTags, Image, ImageFile, ImageOps
-from workdir import one_line_if_unwritable, open_workdir
+from workdir import is_hidden, one_line_if_unwritable, open_workdir
 
 import diffusion_jax as dj
 from diffusion_jax.data import batch_indices
@@ -32,9 +33,12 @@ from diffusion_jax.training import check_divisible, replicate
 from diffusion_jax.unet import check_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-NOT_PICTURES = {"__macosx", "$recycle.bin", "#recycle", "lost+found", "system volume information", "@eadir"}
 MOST_UNREADABLE = 0.05
-SCALED_TO_8_BITS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # by Pillow, which leaves the transparent colour as it was
+SCALED_TO_8_BITS: dict[Any, float] = {
+    "L;2": 85,
+    "L;4": 17,
+    "RGB;16B": 1 / 256,
+}  # by Pillow, which leaves the transparent colour as it was
 TARGET_TYPE = "pred_x_0"
 SAMPLING_TIMESTEPS = 50
 
@@ -74,7 +78,7 @@ def main() -> None:
     with one_line_errors():
         config = parse_command_line(Config(tyro.MISSING), __doc__)
         check_values(config)
-        folder, workdir = Path(config.folder).expanduser().resolve(), Path(config.workdir).resolve()
+        folder, workdir = Path(config.folder).resolve(), Path(config.workdir).resolve()
         require(folder.is_dir(), "folder", config.folder, "a folder with images")
         apart = {place.resolve() for place in folders_below(folder)}.isdisjoint({workdir, *workdir.parents})
         require(
@@ -139,10 +143,6 @@ def folders_below(folder: Path) -> list[Path]:
         found[Path(place).resolve()] = Path(place)
         below[:] = sorted(name for name in below if not is_hidden(name))
     return list(found.values())
-
-
-def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in NOT_PICTURES
 
 
 def read_images(folder: Path, size: int) -> UInt8[np.ndarray, "N size size 3"]:

@@ -54,8 +54,8 @@ def test_the_same_command_again_finds_it_done(trained):
 def test_sample_draws_the_same_whatever_the_count_and_the_devices(trained, tmp_path):
     common = ["--workdir", trained, "--sampling_timesteps", "3", "--seed", "5", "--sampler", "ddim", "--eta", "0.5"]
     run("sample.py", *common, "--num-samples", "3", "--out", tmp_path / "a.npy")
-    run("sample.py", *common, "--num_samples", "5", "--out", tmp_path / "b.npy", devices=4)
-    few, many = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    run("sample.py", *common, "--num_samples", "5", "--out", tmp_path / "b.NPY", devices=4)
+    few, many = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.NPY")
     assert many.shape == (5, 32, 32, 1)
     assert many.dtype == np.float32
     assert np.abs(many).max() <= 1
@@ -64,9 +64,9 @@ def test_sample_draws_the_same_whatever_the_count_and_the_devices(trained, tmp_p
 
 
 def test_sample_writes_a_grid(trained, tmp_path):
-    args = ["--sampler", "dpm_solver", "--num-samples", "7", "--out", tmp_path / "grid.png"]
+    args = ["--sampler", "dpm_solver", "--num-samples", "7", "--out", tmp_path / "grid.PNG"]
     run("sample.py", "--workdir", trained, *args)
-    assert Image.open(tmp_path / "grid.png").size == (96, 96)
+    assert Image.open(tmp_path / "grid.PNG").size == (96, 96)
 
 
 LEARNED = ["--sigma-type", "learned", "--loss-type", "hybrid", "--target-type", "pred_v"]
