@@ -1,12 +1,17 @@
 """Save and restore the training state with Orbax. A step counts as saved once its folder has its final name.
 
-Orbax and TensorStore do not notice a bit that flips in the values, so each folder lists its files with their checksums.
+A folder gets its final name after it has been read back and compared with the state in memory. Orbax and TensorStore do not
+notice a bit that flips in the values later, so each folder lists its files with their checksums.
 """
 
+import errno
 import json
 import os
 import re
+import shutil
+import tempfile
 import warnings
+import weakref
 import zlib
 from functools import partial
 from pathlib import Path
@@ -14,13 +19,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from diffusion_jax.training import TrainState
 
 CHECKSUMS = "checksums.json"
-UNFINISHED = "*.orbax-checkpoint-tmp*"
+UNFINISHED = ".orbax-checkpoint-tmp*"
+MISREAD = set("*?[]\\")  # Orbax takes a path for a glob pattern, TensorStore a backslash for a slash
+_UNDER_WAY: dict[str, tuple[int, PyTree]] = {}  # for each folder the step that is being saved, and what it has to hold
 
 
 def open_checkpoints(directory: str | Path) -> ocp.CheckpointManager:
@@ -31,6 +39,7 @@ def open_checkpoints(directory: str | Path) -> ocp.CheckpointManager:
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     _set_damaged_losses_aside(directory)
+    path = _link_to(directory) if MISREAD & set(str(directory)) else directory
     loss = lambda metrics: metrics["loss"]  # noqa: E731
     best = BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     this_process = jax.process_index()
@@ -40,9 +49,12 @@ def open_checkpoints(directory: str | Path) -> ocp.CheckpointManager:
         best_fn=loss,
         best_mode="min",
         multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=this_process, active_processes={this_process}),
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=partial(_write_checksums, directory)),
+        async_options=ocp.options.AsyncOptions(post_finalization_callback=partial(_certify, path)),
     )
-    return ocp.CheckpointManager(directory, item_handlers=ocp.StandardCheckpointHandler(), options=options)
+    checkpoints = ocp.CheckpointManager(path, item_handlers=ocp.StandardCheckpointHandler(), options=options)
+    if path != directory:
+        weakref.finalize(checkpoints, shutil.rmtree, path.parent)
+    return checkpoints
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, loss: float | None = None) -> None:
@@ -53,7 +65,10 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, loss: float | No
     step = int(state.step)
     if step not in checkpoints.all_steps():
         metrics = None if loss is None else {"loss": loss}
-        checkpoints.save(step, args=ocp.args.StandardSave(jax.device_get(_arrays(state))), metrics=metrics)
+        arrays = jax.device_get(_arrays(state))
+        checkpoints.wait_until_finished()
+        _UNDER_WAY[str(checkpoints.directory)] = step, arrays
+        checkpoints.save(step, args=ocp.args.StandardSave(arrays), metrics=metrics)
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
@@ -75,7 +90,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState) -> Tra
 def restore(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
     """The state saved at `step`, placed as `state` is. Raises ValueError if it is damaged or of another shape."""
     wanted = _arrays(state)
-    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), wanted)
+    target = _empty_like(wanted)
     try:
         _check_files(Path(checkpoints.directory) / str(step))
         _check_shapes(checkpoints.item_metadata(step), target)
@@ -85,8 +100,8 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) ->
             raise  # of this machine at this moment, not of the checkpoint
         if code := re.search(r"os_error_code='(?!2')(\d+)'", str(problem)):  # TensorStore's way to say the same
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from problem
-        reason = (str(problem) or type(problem).__name__).splitlines()[0][:300]
-        raise ValueError(f"checkpoint {step} in {checkpoints.directory} cannot be used: {reason}") from problem
+        where = Path(checkpoints.directory).resolve()
+        raise ValueError(f"checkpoint {step} in {where} cannot be used: {_first_line(problem)}") from problem
     return state.replace(**jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), saved, wanted))
 
 
@@ -94,12 +109,52 @@ def _arrays(state: TrainState) -> dict[str, PyTree]:
     return {name: getattr(state, name) for name in ("step", "params", "ema_params", "opt_state")}
 
 
-def _write_checksums(directory: Path) -> None:
-    """In the folder of a save, while it still has its temporary name."""
-    for folder in directory.glob(UNFINISHED):
-        files = [file for file in (folder / "default").rglob("*") if file.is_file()]
-        checksums = {str(file.relative_to(folder)): zlib.crc32(file.read_bytes()) for file in files}
-        (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
+def _empty_like(arrays: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), arrays)
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem) or type(problem).__name__).splitlines()[0][:300]
+
+
+def _link_to(directory: Path) -> Path:
+    """A path to `directory` that Orbax and TensorStore read as it is. Raises ValueError if there is none."""
+    link = Path(tempfile.mkdtemp()) / "checkpoints"
+    if MISREAD & set(str(link)):
+        raise ValueError(f"TMPDIR must be free of {' '.join(sorted(MISREAD))} where a run's folder is not, got {link.parent}")
+    link.symlink_to(directory)
+    return link
+
+
+def _certify(directory: Path) -> None:
+    """Read the save under way back, and write its checksums, while its folder still has its temporary name.
+
+    Raises OSError if it does not hold what it has to: Orbax then never gives it its final name.
+    """
+    step, arrays = _UNDER_WAY.pop(str(directory))
+    folder = max(directory.glob(f"{step}{UNFINISHED}"), key=lambda folder: folder.stat().st_mtime)
+    _read_back(folder, arrays)
+    _write_checksums(folder)
+
+
+def _read_back(folder: Path, arrays: PyTree) -> None:
+    try:
+        target = ocp.args.StandardRestore(_empty_like(arrays))
+        found = ocp.StandardCheckpointHandler().restore(epath.Path(folder / "default"), args=target)
+    except Exception as problem:  # TensorStore and Orbax have many kinds
+        if isinstance(problem, MemoryError):
+            raise
+        raise OSError(errno.EIO, f"{folder.name} cannot be read back: {_first_line(problem)}") from problem
+    for (path, one), other in zip(jax.tree.leaves_with_path(arrays), jax.tree.leaves(found), strict=True):
+        if np.asarray(one).tobytes() != np.asarray(other).tobytes():
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise OSError(errno.EIO, f"{folder.name} reads back another {name} than was saved")
+
+
+def _write_checksums(folder: Path) -> None:
+    files = [file for file in (folder / "default").rglob("*") if file.is_file()]
+    checksums = {str(file.relative_to(folder)): zlib.crc32(file.read_bytes()) for file in files}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
 
 
 def _set_damaged_losses_aside(directory: Path) -> None:

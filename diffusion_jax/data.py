@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +103,7 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None, split: Split) -> I
     from absl import logging
     from tensorflow_datasets.core import constants
 
-    logging.set_verbosity(logging.ERROR)
+    logging.get_absl_logger().addFilter(_is_not_about_speed)
     data_dir = os.path.expanduser(data_dir or constants.DATA_DIR)
     with _damage_is_named(name, data_dir):
         prepared = _tensorflow_free_builder(name)(data_dir=data_dir)
@@ -119,6 +119,10 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None, split: Split) -> I
         examples = _read_examples(prepared, split)
         images = np.stack([example["image"] for example in examples])
         return ImageData(name, images.reshape(-1, 28, 28, 1), np.array([example["label"] for example in examples], np.int32))
+
+
+def _is_not_about_speed(record: Any) -> bool:
+    return not record.getMessage().startswith("OpenCV is not installed")
 
 
 @contextlib.contextmanager

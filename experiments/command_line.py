@@ -16,6 +16,7 @@ import tyro
 from diffusion_jax.data import DataUnavailable
 
 Config = TypeVar("Config")
+PATHS = ("workdir", "data_dir", "folder", "samples", "out")
 COUNTS = ("iterations", "batch_size", "num_timesteps", "checkpoint_every", "num_samples", "num_images", "size")
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(COUNTS, (lambda value: value is None or value >= 1, "at least 1")),
@@ -46,9 +47,10 @@ def parse_command_line(default: Config, description: str | None, args: Sequence[
         if not stop.code:
             raise
         stop_with(_first_paragraph(messages.getvalue()))
-    if parts is default:
-        return given
-    return type(default)(**{name: value for part in vars(given).values() for name, value in vars(part).items()})
+    groups = [given] if parts is default else vars(given).values()
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    home = {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name)}
+    return type(default)(**values | home)
 
 
 def _in_groups(config: Any) -> Any:
@@ -92,7 +94,7 @@ def check_values(config: Any) -> None:
 
 def check_output(out: Path, *suffixes: str) -> None:
     """Raise ValueError unless `out` can be written, and ends in one of the suffixes; before the work, not after it."""
-    require(out.suffix in suffixes, "out", out, f"a file that ends in {' or '.join(suffixes)}")
+    require(out.suffix.lower() in suffixes, "out", out, f"a file that ends in {' or '.join(suffixes)}")
     require(out.parent.is_dir(), "out", out, "in a folder that exists")
     writable = os.access(out if out.exists() else out.parent, os.W_OK)
     require(writable and not out.is_dir(), "out", out, "a file that can be written")

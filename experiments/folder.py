@@ -1,13 +1,19 @@
 """Train on your own images: a folder of them, in colour, cut to squares of one size.
 
 python experiments/folder.py --folder ~/pictures --size 32
+
+Links are followed. Hidden files and folders, and those of thumbnails and trash, are not taken. Of files that cannot be read up
+to 5% are left out, with a warning.
 """
 
 import dataclasses
+import os
 import sys
+import warnings
 import zlib
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +24,8 @@ from figures import grid, save_picture
 from jaxtyping import UInt8
 from loop import train_in
 from machine import prepare_machine
-from PIL import Image, ImageOps
-from workdir import one_line_if_unwritable, open_workdir
+from PIL import ExifTags, Image, ImageFile, ImageOps
+from workdir import is_hidden, one_line_if_unwritable, open_workdir
 
 import diffusion_jax as dj
 from diffusion_jax.data import batch_indices
@@ -27,6 +33,12 @@ from diffusion_jax.training import check_divisible, replicate
 from diffusion_jax.unet import check_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+MOST_UNREADABLE = 0.05
+SCALED_TO_8_BITS: dict[Any, float] = {
+    "L;2": 85,
+    "L;4": 17,
+    "RGB;16B": 1 / 256,
+}  # by Pillow, which leaves the transparent colour as it was
 TARGET_TYPE = "pred_x_0"
 SAMPLING_TIMESTEPS = 50
 
@@ -66,8 +78,9 @@ def main() -> None:
     with one_line_errors():
         config = parse_command_line(Config(tyro.MISSING), __doc__)
         check_values(config)
-        folder = Path(config.folder).expanduser().resolve()
-        apart = folder not in (Path(config.workdir).resolve(), *Path(config.workdir).resolve().parents)
+        folder, workdir = Path(config.folder).resolve(), Path(config.workdir).resolve()
+        require(folder.is_dir(), "folder", config.folder, "a folder with images")
+        apart = {place.resolve() for place in folders_below(folder)}.isdisjoint({workdir, *workdir.parents})
         require(
             apart, "workdir", config.workdir, f"outside of --folder {config.folder}, or the run would learn its own samples"
         )
@@ -116,28 +129,73 @@ def main() -> None:
     print(f"wrote {workdir / 'samples.png'}")
 
 
+def folders_below(folder: Path) -> list[Path]:
+    """`folder` and each folder in it, links followed, each real folder once. Raises OSError where one cannot be listed."""
+
+    def stop(problem: OSError) -> None:
+        raise problem
+
+    found: dict[Path, Path] = {}
+    for place, below, _ in os.walk(folder, onerror=stop, followlinks=True):
+        if Path(place).resolve() in found:
+            below.clear()
+            continue
+        found[Path(place).resolve()] = Path(place)
+        below[:] = sorted(name for name in below if not is_hidden(name))
+    return list(found.values())
+
+
 def read_images(folder: Path, size: int) -> UInt8[np.ndarray, "N size size 3"]:
-    """Each image in `folder`, the middle square of it. Raises ValueError where there is none, or one cannot be read."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    """The middle square of each image in `folder` and below. Files that cannot be read are left out, with a warning.
+
+    Raises ValueError if there is no image, or if more than MOST_UNREADABLE of them cannot be read.
+    """
+    entries = sorted(entry for place in folders_below(folder) for entry in place.iterdir() if not is_hidden(entry.name))
+    files = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()]
     require(bool(files), "folder", folder, f"a folder with images ({', '.join(sorted(SUFFIXES))})")
-    images = []
+    images, unreadable = [], []
     for file in files:
         try:
             with Image.open(file) as image:
                 images.append(as_square(image, size))
-        except (OSError, ValueError, Image.DecompressionBombError) as problem:
-            raise ValueError(f"{file} cannot be read as an image ({problem})") from None
+        except MemoryError:
+            raise
+        except Exception as problem:  # Pillow has many kinds
+            unreadable.append(f"{file} ({(str(problem) or type(problem).__name__).splitlines()[0]})")
+    if unreadable:
+        named = ", ".join(unreadable[:3]) + (", ..." if unreadable[3:] else "")
+        counted = f"{len(unreadable)} of {len(files)} images cannot be read"
+        if len(unreadable) > MOST_UNREADABLE * len(files):
+            raise ValueError(f"{counted}, and at most {MOST_UNREADABLE:.0%} may be left out: {named}")
+        warnings.warn(f"{counted} and are left out: {named}", stacklevel=2)
     return np.stack(images)
 
 
-def as_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def as_square(file: ImageFile.ImageFile, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Upright, on white where it is transparent, and 16 bits of grey as 8."""
-    image = ImageOps.exif_transpose(image)
+    scale = SCALED_TO_8_BITS.get(file.tile[0].args) if file.format == "PNG" else None
+    file.load()
+    turn, clear = orientation(file), file.info.get("transparency")
+    image: Image.Image = file
+    if scale and clear is not None:
+        image.info["transparency"] = tuple(int(c * scale) for c in clear) if isinstance(clear, tuple) else clear * scale
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+        values = np.asarray(image)
+        image = Image.fromarray(np.where(values == clear, 255, values / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
+    image = image.convert("RGB")
+    image.info.clear()  # the rest of the EXIF data may be odd, and exif_transpose would write it again
+    image.getexif()[ExifTags.Base.Orientation] = turn
+    return np.asarray(ImageOps.fit(ImageOps.exif_transpose(image), (size, size)))
+
+
+def orientation(image: Image.Image) -> object:
+    """As the EXIF data has it; None where it has none or is damaged, which picture viewers take for upright."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow has many kinds
+        return None
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def read_samples(file: str) -> Float[np.ndarray, "N 32 32 1"]:
     right = samples.shape[1:] == (32, 32, 1) and samples.dtype.kind == "f" and len(samples) >= 100
     require(right, "samples", file, "a .npy of at least 100 float images [N, 32, 32, 1]")
     require(bool(np.isfinite(samples).all()), "samples", file, "finite everywhere")
-    low, high = samples.min(), samples.max()
+    low, high = float(samples.min()), float(samples.max())
     require(-3 < low < -0.3 and high < 3, "samples", file, f"in [-1, 1], where -1 is black, and these are from {low} to {high}")
     return samples
 

@@ -23,6 +23,12 @@ from diffusion_jax.checkpoints import open_checkpoints, save
 from diffusion_jax.training import TrainState
 
 LOG_EVERY = 10
+LOGGED_AND_RAISED = (
+    "_SignalingThread.run() raised an exception",
+    "Commit operations or the Commit callback in background save thread",
+    "Save Finalize thread",
+    "Requested `tracked_metric`; did not provide metrics",  # raised by nobody: a save after a signal may have no loss
+)
 
 
 def train_in(
@@ -41,7 +47,7 @@ def train_in(
     """
     keep_failed_saves_quiet()
     first, stop, pending, losses = is_first_process(), 0, [], []
-    with one_line_if_unwritable(workdir), failing_together():
+    with one_line_errors(), one_line_if_unwritable(workdir), failing_together():
         folder = open_checkpoints(workdir / "checkpoints") if first else contextlib.nullcontext()
     with one_line_if_unwritable(workdir), stop_requests() as requests, folder as checkpoints:
         with one_line_errors(), failing_together():
@@ -99,11 +105,19 @@ def train_in(
 
 
 def keep_failed_saves_quiet() -> None:
-    """A save that fails raises; it need not be logged as well. Its other writes end later, when nobody waits for them any more,
+    """A save that fails raises; Orbax need not log it as well. Its other writes end later, when nobody waits for them any more,
     and each of them would print a traceback."""
-    logging.set_verbosity(logging.FATAL)
+    logging.get_absl_logger().addFilter(is_news)
     report = sys.unraisablehook
-    sys.unraisablehook = lambda error: None if str(error.exc_value) == "Event loop is closed" else report(error)
+    sys.unraisablehook = lambda error: None if is_late_write(error) else report(error)
+
+
+def is_news(record: Any) -> bool:
+    return not any(text in record.getMessage() for text in LOGGED_AND_RAISED)
+
+
+def is_late_write(error: Any) -> bool:
+    return type(error.exc_value) is RuntimeError and str(error.exc_value) == "Event loop is closed" and error.object is None
 
 
 def progress_bar(start: int, iterations: int) -> tqdm:

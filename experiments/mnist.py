@@ -6,6 +6,7 @@ python experiments/mnist.py --preset paper    # the published recipe
 
 import dataclasses
 import math
+import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -168,11 +169,12 @@ def main() -> None:
         if is_first_process():
             save_noise_figure(workdir / "figure.png", real, path)
             save_animation(workdir / "denoising.gif", path)
-            metrics = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True, ndmin=1)
-            save_training_figure(
-                workdir / "training.png", metrics, dj.cosine_decay(config.learning_rate, config.iterations, config.warmup)
-            )
-            print(f"wrote figure.png, denoising.gif and training.png in {workdir}")
+            print(f"wrote figure.png and denoising.gif in {workdir}")
+            if os.path.getsize(workdir / "metrics.csv"):  # else all rows are lost, of which the loop has warned
+                metrics = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True, ndmin=1)
+                learning_rate = dj.cosine_decay(config.learning_rate, config.iterations, config.warmup)
+                save_training_figure(workdir / "training.png", metrics, learning_rate)
+                print(f"wrote training.png in {workdir}")
 
 
 def fingerprint(config: Config, data: ImageData) -> int:

@@ -61,7 +61,11 @@ def main() -> None:
     labels = np.resize(config.labels, count) if config.labels else mnist.labels_in_turn(run, count)
     samples = draw_all(run, schedule, state, table, jax.random.key(config.seed), labels, config.guidance_scale)
     with one_line_errors():
-        save_picture(out, grid(samples)) if out.suffix == ".png" else np.save(out, samples)
+        if out.suffix.lower() == ".png":
+            save_picture(out, grid(samples))
+        else:
+            with out.open("wb") as file:  # np.save adds .npy to the name x.NPY
+                np.save(file, samples)
     print(f"wrote {out}: {len(samples)} samples at step {int(state.step)} of {run.iterations}", file=sys.stderr)
 
 

@@ -19,6 +19,17 @@ import orbax.checkpoint as ocp
 from diffusion_jax.checkpoints import UNFINISHED, restore_latest
 from diffusion_jax.training import TrainState
 
+HIDDEN = {
+    "__macosx",
+    "$recycle.bin",
+    "#recycle",
+    "@eadir",
+    "lost+found",
+    "system volume information",
+    "thumbs.db",
+    "desktop.ini",
+}
+
 
 def open_workdir(config: Any, may_differ: Collection[str], **more: str | int) -> Path:
     """The folder `config.workdir`, made now, or found to hold a run that agrees with `config` but for the fields `may_differ`.
@@ -30,7 +41,7 @@ def open_workdir(config: Any, may_differ: Collection[str], **more: str | int) ->
     workdir, wanted = Path(config.workdir), json.loads(json.dumps(dataclasses.asdict(config) | more))
     if (workdir / "config.json").exists():
         _check_same_run(workdir, wanted, may_differ, more)
-    elif workdir.exists() and (not workdir.is_dir() or set(os.listdir(workdir)) - {"config.json.new", "lock"}):
+    elif workdir.exists() and not (workdir.is_dir() and all(map(_may_be_in_new_workdir, os.listdir(workdir)))):
         raise ValueError(f"--workdir must be a new or empty folder or one that holds a run, got {workdir}")
     workdir.mkdir(parents=True, exist_ok=True)
     _lock(workdir)
@@ -42,15 +53,25 @@ def open_workdir(config: Any, may_differ: Collection[str], **more: str | int) ->
     return workdir
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name was put there by the system or a program, and not by a person."""
+    return name.startswith(".") or name.lower() in HIDDEN
+
+
+def _may_be_in_new_workdir(name: str) -> bool:
+    return name in ("config.json.new", "lock") or is_hidden(name)
+
+
 def _check_same_run(workdir: Path, wanted: dict[str, Any], may_differ: Collection[str], more: Collection[str]) -> None:
     saved = read_config(workdir)
     for name in [*wanted, *saved]:
         if name not in may_differ and saved.get(name) != wanted.get(name):
             flag = f"--{name.replace('_', '-')}"
             known, repeat = (name, "") if name in more else (flag, f"repeat that run's {flag}, or ")
+            fixed = "its learning rate reaches 0 there, so it cannot be trained further; " if name == "iterations" else ""
             raise ValueError(
                 f"{workdir} holds a run with {known} {saved.get(name)}, and this command has {wanted.get(name)}: "
-                f"{repeat}choose another --workdir"
+                f"{fixed}{repeat}choose another --workdir{' for a run from the start' if fixed else ''}"
             )
 
 
@@ -61,6 +82,8 @@ def _lock(workdir: Path) -> None:
     except BlockingIOError:
         os.close(lock)
         raise ValueError(f"--workdir must be a folder in which no other process is at work, got {workdir}") from None
+    except OSError as problem:  # Lustre, and NFS in part, have no locks
+        warnings.warn(f"{workdir} cannot be locked ({problem.strerror}): start no second run in it", stacklevel=3)
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:
@@ -77,7 +100,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
 def resume(workdir: Path, checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
     """The state of the newest whole checkpoint, or `state`. What came after it is dropped, and checkpoints that are damaged are
     renamed. Raises ValueError if all of them are."""
-    for unfinished in (workdir / "checkpoints").glob(UNFINISHED):
+    for unfinished in (workdir / "checkpoints").glob(f"*{UNFINISHED}"):
         shutil.rmtree(unfinished)
     state = restore_latest(checkpoints, state)
     for step in checkpoints.all_steps():
@@ -89,15 +112,28 @@ def resume(workdir: Path, checkpoints: ocp.CheckpointManager, state: TrainState)
 
 
 def keep_rows(workdir: Path, count: int) -> None:
-    """Leave the first `count` rows of metrics.csv, one for each step, and whatever may be there of others out."""
+    """Leave the rows of the first `count` steps in metrics.csv, each once. Warns if there are fewer."""
     file = workdir / "metrics.csv"
-    if not file.exists():
-        return
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    if count and len(lines) <= count:
+    lines = file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else []
+    header, rows = next((line for line in lines if line.startswith("step,") and line.endswith("\n")), ""), {}
+    for line in lines:
+        step = _step_of_row(line, header.count(","))
+        if step is not None and step <= count:
+            rows[step] = line
+    if len(rows) < count:
         warnings.warn(f"{file} lacks rows of steps up to {count}", stacklevel=2)
-    file.with_suffix(".new").write_text("".join(lines[: count + 1] if count else []))
+    file.with_suffix(".new").write_text("".join([header, *rows.values()]) if rows else "")
     os.replace(file.with_suffix(".new"), file)
+
+
+def _step_of_row(line: str, numbers: int) -> int | None:
+    """None if `line` is not a whole row of a step and `numbers` numbers."""
+    try:
+        step, *values = line.split(",")
+        whole = line.endswith("\n") and len([float(value) for value in values]) == numbers
+        return int(step) if whole else None
+    except ValueError:
+        return None
 
 
 def losses_between(workdir: Path, start: int, stop: int) -> list[float]:

@@ -1,13 +1,18 @@
+import gc
 import pickle
 import random
+import shutil
 import sys
+import tempfile
 import threading
 import warnings
 
 import chex
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from test_training import compile_step, run, setup
 
 import diffusion_jax as dj
@@ -99,6 +104,52 @@ def test_a_save_that_fails_is_told(tmp_path, state, monkeypatch):
         assert_same(restore_latest(checkpoints, state), at(state, 1))
 
 
+@pytest.mark.parametrize("name", ["lr[1e-3]", "a*", "**", "a\\b ?"])
+def test_a_folder_of_any_name_keeps_what_was_saved(tmp_path, state, name):
+    """Even beside folders that its name matches as a pattern, or could be taken for."""
+    folders = [tmp_path / other / "checkpoints" for other in ("ab", "a/b c", name)]
+    for number, folder in enumerate(folders):
+        save_all(folder, at(state, 10 * number), [1.0, 2.0])
+    shutil.copytree(folders[-1], tmp_path / "copy")
+    for number, folder in (*enumerate(folders), (len(folders) - 1, tmp_path / "copy")):
+        assert sorted(file.name for file in folder.iterdir()) == ["1", "2"]
+        with open_checkpoints(folder) as checkpoints:
+            assert_same(restore_latest(checkpoints, state), at(at(state, 10 * number), 2))
+
+
+def test_a_folder_of_any_name_needs_a_place_for_a_link(tmp_path, state, monkeypatch):
+    (tmp_path / "[tmp]").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[tmp]"))
+    open_checkpoints(tmp_path / "plain").close()
+    with pytest.raises(ValueError, match=r"TMPDIR must be free of .*, got .*\[tmp\]"):
+        open_checkpoints(tmp_path / "a*b")
+
+
+def test_links_are_removed(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    save_all(tmp_path / "a*b", state, [1.0])
+    gc.collect()
+    assert [file.name for file in tmp_path.iterdir()] == ["a*b"]
+
+
+@pytest.mark.parametrize("lost", ["values", "a value"])
+def test_a_save_that_does_not_hold_the_state_is_not_taken_for_one(tmp_path, state, monkeypatch, lost):
+    save_all(tmp_path, state, [1.0])
+    if lost == "values":  # as Orbax did, with a warning, in a folder whose name it took for a pattern
+        monkeypatch.setattr(type(epath.Path("/")), "glob", lambda *_: iter(()))
+    else:
+        changed = lambda arrays, args=ocp.args.StandardSave: args(jax.tree.map(lambda x: x * 0, arrays))  # noqa: E731
+        monkeypatch.setattr(ocp.args, "StandardSave", changed)
+    checkpoints = open_checkpoints(tmp_path)
+    save(checkpoints, at(state, 2))
+    with pytest.raises(OSError, match=r"2\.orbax-checkpoint-tmp (cannot be read back|reads back another ema_params)"):
+        checkpoints.close()
+    monkeypatch.undo()
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert list(checkpoints.all_steps()) == [1]
+    assert not list(tmp_path.glob("*/checksums.json"))[1:]
+
+
 def test_whatever_is_damaged_is_noticed_or_does_no_harm(tmp_path, state):
     save_all(tmp_path, state, [1.0, 2.0])
     files = sorted(file for file in (tmp_path / "2").rglob("*") if file.is_file())
@@ -176,7 +227,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, state):
     for file in (tmp_path / "2" / "default").rglob("d/*"):
         file.write_bytes(pickle.dumps(print))
     temporary = (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
-    library._write_checksums(tmp_path)
+    library._write_checksums(temporary)
     temporary.rename(tmp_path / "2")
     seen = []
     watching = True

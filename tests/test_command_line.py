@@ -4,9 +4,14 @@ import dataclasses
 import re
 import sys
 
+import edit
+import folder
+import judge
 import mnist
 import numpy as np
 import pytest
+import sample
+import schedules
 import vectors
 from command_line import parse_command_line
 from PIL import Image
@@ -196,6 +201,30 @@ def test_folder_refuses_in_one_line(capsys, monkeypatch, tmp_path, what):
 @pytest.mark.parametrize("args", ["--num-timesteps 0", "--out x.jpg", "--out no/x.png"])
 def test_schedules_refuses_in_one_line(capsys, monkeypatch, args):
     assert_names(fails(capsys, monkeypatch, "schedules", *args.split()), args)
+
+
+@pytest.mark.parametrize("iterations", ["9", "7"])
+def test_a_run_with_another_number_of_steps_is_told_why_and_what_to_do(capsys, monkeypatch, trained, iterations):
+    line = fails(capsys, monkeypatch, "mnist", *TINY, "--workdir", trained, "--iterations", iterations)
+    assert f"holds a run with --iterations 8, and this command has {iterations}: its learning rate reaches 0 there" in line
+    assert line.endswith("repeat that run's --iterations, or choose another --workdir for a run from the start")
+
+
+def test_a_path_may_begin_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    configs = {mnist.PRESETS["small"]: ("workdir", "data_dir"), vectors.Config(): ("workdir",)}
+    configs |= {folder.Config("x"): ("folder", "workdir"), judge.Config("x"): ("samples", "data_dir")}
+    configs |= {sample.Config(): ("workdir", "out"), schedules.Config(): ("out",), edit.Config(): ("out",)}
+    for config, names in configs.items():
+        args = [word for name in names for word in (f"--{name.replace('_', '-')}", "~/a~b")]
+        given = parse_command_line(config, "", args)
+        assert [getattr(given, name) for name in names] == ["/home/me/a~b"] * len(names)
+
+
+def test_an_ending_may_be_in_capitals(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["schedules", "--num-timesteps", "1", "--out", str(tmp_path / "x.PNG")])
+    schedules.main()
+    assert Image.open(tmp_path / "x.PNG").format == "PNG"
 
 
 def test_help_of_mnist_is_in_groups(capsys):

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import tensorstore
 from loop import keep_failed_saves_quiet, stop_requests
-from runs import TINY, assert_same_run, final_state, finish, run, start, wait_for
-from workdir import append_rows, keep_rows
+from runs import EXPERIMENTS, TINY, assert_same_run, final_state, finish, run, start, wait_for
 
 LONG = [*TINY, "--iterations", "400", "--checkpoint-every", "5", "--sample-every", "0"]
 
@@ -87,24 +86,6 @@ def test_the_second_signal_does_what_it_always_did():
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-@pytest.mark.parametrize("torn", ["", "5,0.", "5", "5,0.1,0.2\n6,0.1,0.2\n", "5,0.1,0.2\n6"])
-def test_rows_past_the_checkpoint_are_dropped_even_if_they_are_torn(tmp_path, torn):
-    four = [{"step": step, "loss": 0.5, "norm": 1.0} for step in range(1, 5)]
-    append_rows(tmp_path, four)
-    whole = (tmp_path / "metrics.csv").read_bytes()
-    (tmp_path / "metrics.csv").write_bytes(whole + torn.encode())
-    keep_rows(tmp_path, 4)
-    assert (tmp_path / "metrics.csv").read_bytes() == whole
-    keep_rows(tmp_path, 2)
-    append_rows(tmp_path, four[2:])
-    assert (tmp_path / "metrics.csv").read_bytes() == whole
-    with pytest.warns(UserWarning, match="lacks rows of steps up to 7"):
-        keep_rows(tmp_path, 7)
-    keep_rows(tmp_path, 0)
-    append_rows(tmp_path, four)
-    assert (tmp_path / "metrics.csv").read_bytes() == whole
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     args = ["--workdir", tmp_path / "run", "--learning-rate", "1e30", "--checkpoint-every", "1", "--sample-every", "0"]
     said = run("mnist.py", *TINY, *args, "--seed", "3", status=1)
@@ -159,9 +140,44 @@ def test_a_write_that_ends_after_its_save_has_failed_says_nothing(monkeypatch):
     keep_failed_saves_quiet()
     end_a_write_late()
     assert not said
-    other = types.SimpleNamespace(exc_value=RuntimeError("anything else"))
-    sys.unraisablehook(other)
-    assert said == [other]
+    others = [
+        types.SimpleNamespace(exc_value=RuntimeError("anything else"), object=None),
+        types.SimpleNamespace(exc_value=OSError("Event loop is closed"), object=None),
+        types.SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), object=end_a_write_late),
+    ]
+    for other in others:
+        sys.unraisablehook(other)
+    assert said == others
+
+
+def test_what_orbax_and_tfds_log_is_silent_only_where_it_is_told_otherwise(tmp_path):
+    """A save that fails says so in one line; whatever else is logged, perhaps for the first time, is shown."""
+    code = """
+import mixture
+from absl import logging
+from diffusion_jax import checkpoints, data
+
+def full(folder):
+    logging.warning("New in a save")
+    raise OSError(28, "No space left on device")
+
+checkpoints._write_checksums = full
+try:
+    data.load_dataset("mnist", "no/such/folder")
+except data.DataUnavailable:
+    logging.warning("OpenCV is not installed.")
+    logging.warning("New in a data set")
+mixture.main()
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    paths = {"PYTHONPATH": f"{EXPERIMENTS}:{EXPERIMENTS.parent}", "http_proxy": "", "TQDM_DISABLE": "1"}
+    args = ["--workdir", tmp_path / "run", "--iterations", "4", "--checkpoint-every", "2"]
+    said = finish(start(script, *args, **paths), status=1)
+    lines = [line for line in said.splitlines() if line]
+    assert lines[:2] == ["WARNING:absl:New in a data set", "WARNING:absl:New in a save"]
+    assert lines[2].startswith(f"error: {tmp_path / 'run'} cannot be written (No space left on device)")
+    assert not lines[3:]
 
 
 def end_a_write_late() -> None:
