@@ -105,6 +105,7 @@ def over_devices(
         in_axes=in_axes,
         out_axes=out_axes,
         devices=devices,
+        axis_size=len(devices),  # pmap else requires as many devices in each process
         donate_argnums=donate_argnums,
     )
 
