@@ -18,7 +18,7 @@ import numpy as np
 from command_line import check_output, check_values, one_line_errors, parse_command_line, require
 from figures import save_rows
 from jaxtyping import Array, Float, PyTree
-from machine import prepare_machine
+from machine import prepare_machine, random_key
 from saved_run import restored, run_config
 
 import diffusion_jax as dj
@@ -66,7 +66,7 @@ def main() -> None:
         images = load_dataset(run.dataset, config.data_dir, "test").images[: config.num_images + 1]
         state = restored(run, config.workdir, config.checkpoint)
 
-    x_0, key = to_model_input(jnp.asarray(images)), jax.random.key(config.seed)
+    x_0, key = to_model_input(jnp.asarray(images)), random_key(config.seed)
     edit = {"inpaint": inpaint, "interpolate": interpolate, "image-to-image": image_to_image}[config.what]
     columns = edit(make_draw(run, schedule, state.ema_params, key), schedule, table, x_0, key)
     with one_line_errors():

@@ -17,7 +17,7 @@ from command_line import check_values, one_line_errors, parse_command_line, requ
 from figures import grid, save_picture
 from jaxtyping import UInt8
 from loop import train_in
-from machine import prepare_machine
+from machine import prepare_machine, random_key
 from PIL import Image, ImageOps
 from workdir import one_line_if_unwritable, open_workdir
 
@@ -77,7 +77,7 @@ def main() -> None:
         schedule = dj.cosine_schedule(config.num_timesteps)
         table = dj.dpm_solver_table(schedule, 1.0, min(SAMPLING_TIMESTEPS, config.num_timesteps))
         images = read_images(folder, config.size)
-        init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+        init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
         network = dj.UNet(3, config.embed_dim, config.dim_scales)
         params = jax.jit(network.init)(init_key, jnp.zeros((1, *shape)), jnp.ones(1, jnp.int32))["params"]
         optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations, config.iterations // 20)

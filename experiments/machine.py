@@ -10,14 +10,28 @@ import zlib
 from pathlib import Path
 
 import jax
+from jaxtyping import Array, Key
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def prepare_machine() -> None:
-    """Compiled programs are kept on disk for the next start; memory that a step frees is kept for the next step."""
+    """Compiled programs are kept on disk for the next start; memory that a step frees is kept for the next step; random numbers
+    depend on seeds alone."""
     keep_compiled_programs()
     keep_freed_memory()
+    fix_random_numbers()
+
+
+def random_key(seed: int) -> Key[Array, ""]:
+    """The key of `seed`. Under other implementations (JAX_DEFAULT_PRNG_IMPL) what an example draws depends on its batch."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def fix_random_numbers() -> None:
+    """The same key gives the same numbers, whatever JAX's environment variables say."""
+    jax.config.update("jax_threefry_partitionable", True)
+    jax.config.update("jax_random_seed_offset", 0)
 
 
 def keep_compiled_programs() -> None:

@@ -19,7 +19,7 @@ from command_line import one_line_errors, parse_command_line
 from figures import grid, save_animation, save_noise_figure, save_training_figure
 from jaxtyping import Array, Float, Key, PyTree
 from loop import train_in
-from machine import prepare_machine, warn_of_emulated
+from machine import prepare_machine, random_key, warn_of_emulated
 from mnist_config import MAY_DIFFER, PRESETS, Config, check, choose_preset
 from processes import check_same_everywhere, failing_together, in_turn, is_first_process, join_processes
 from workdir import one_line_if_unwritable, open_workdir
@@ -143,7 +143,7 @@ def main() -> None:
             schedule = SCHEDULES[config.noise_schedule_type](config.num_timesteps)
             table = dj.ancestral_table(schedule, config.sigma_type, config.sampling_timesteps)
             preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
-            init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+            init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
             state = initial_state(config, init_key)
         data = in_turn(lambda: load_dataset(config.dataset, config.data_dir))
         config = dataclasses.replace(config, dataset=data.name)
