@@ -3,6 +3,8 @@
 python experiments/coins.py
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import sys
 

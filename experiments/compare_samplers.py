@@ -3,6 +3,8 @@
 python experiments/compare_samplers.py --workdir runs/mnist --calls 5 10 20 50
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import json
 import sys

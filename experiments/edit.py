@@ -5,6 +5,8 @@ python experiments/edit.py --what interpolate      # from one image to another, 
 python experiments/edit.py --what image-to-image   # the image, and what becomes of it after more and more noise
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import sys
 from collections.abc import Callable

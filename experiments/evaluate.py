@@ -3,6 +3,8 @@
 python experiments/evaluate.py --workdir runs/mnist
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import json
 import sys

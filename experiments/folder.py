@@ -3,6 +3,8 @@
 python experiments/folder.py --folder ~/pictures --size 32
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import sys
 import zlib

@@ -23,6 +23,15 @@ def prepare_machine() -> None:
     fix_random_numbers()
 
 
+def why_no_device() -> str | None:
+    """What JAX says where it finds no device, for example of the platform that JAX_PLATFORMS names."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as problem:  # the latter, without a word, where a platform's plugin is not installed
+        reason = (str(problem) or "no support for that platform is installed").splitlines()[0]
+        return f"JAX finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}"
+
+
 def random_key(seed: int) -> Key[Array, ""]:
     """The key of `seed`. Under other implementations (JAX_DEFAULT_PRNG_IMPL) what an example draws depends on its batch."""
     return jax.random.key(seed, impl="threefry2x32")

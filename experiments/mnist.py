@@ -4,6 +4,8 @@ python experiments/mnist.py                   # sized for this machine
 python experiments/mnist.py --preset paper    # the published recipe
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import math
 import sys
@@ -172,7 +174,8 @@ def main() -> None:
             save_training_figure(
                 workdir / "training.png", metrics, dj.cosine_decay(config.learning_rate, config.iterations, config.warmup)
             )
-            print(f"wrote figure.png, denoising.gif and training.png in {workdir}")
+    if is_first_process():
+        print(f"wrote figure.png, denoising.gif and training.png in {workdir}")
 
 
 def fingerprint(config: Config, data: ImageData) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -30,6 +31,9 @@ def join_processes(args: Sequence[str]) -> None:
         count, number = (
             int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         )
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        if address is not None and not re.fullmatch(r".+:[1-9]\d{0,4}", address):
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT, got {address!r}")
         jax.config.update("jax_enable_preemption_service", False)  # else SIGTERM would be its, and nobody would hear of it
         jax.distributed.initialize(
             num_processes=count,

@@ -3,6 +3,8 @@
 python experiments/sample.py --sampling-timesteps 50 --out samples.png
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import sys
 from pathlib import Path
