@@ -91,7 +91,7 @@ def _train(data: ImageData) -> dict:
 
     @jax.jit
     def step(params, opt_state, images, labels, key):
-        shifts = jax.random.randint(key, (len(images), 2), -2, 3)
+        shifts = jax.random.randint(key, (len(images), 2), -2, 3, jnp.int32)
         images = jax.vmap(lambda image, shift: jnp.roll(image, shift, (0, 1)))(images, shifts)
         updates, opt_state = optimizer.update(jax.grad(loss_fn)(params, images, labels), opt_state)
         return optax.apply_updates(params, updates), opt_state

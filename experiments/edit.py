@@ -114,7 +114,7 @@ def image_to_image(
     draw: Callable, schedule: dj.NoiseSchedule, table: dj.SamplerTable, x_0: Float[Array, "B H W C"], key: Array
 ) -> list[Array]:
     """The image noised to a share of the timesteps, and denoised from there."""
-    columns, eps = [x_0], jax.random.normal(key, x_0.shape)
+    columns, eps = [x_0], jax.random.normal(key, x_0.shape, x_0.dtype)
     for share in NOISE:
         rest = dj.part_way(table, round(share * schedule.num_timesteps))
         x_t = dj.q_sample(schedule, x_0, jnp.full(len(x_0), rest.t[0]), eps)

@@ -100,7 +100,7 @@ def bound(
     @jax.jit
     def term(params, images, labels, t, key):
         x_0, denoise = to_model_input(images), mnist.make_denoiser(run, schedule, params, labels)
-        eps = jax.random.normal(key, x_0.shape)
+        eps = jax.random.normal(key, x_0.shape, x_0.dtype)
         return dj.bound_bits(schedule, denoise, x_0, jnp.full(len(x_0), t), eps, sigma_type)
 
     rng, terms = np.random.default_rng(config.seed), []

@@ -81,7 +81,7 @@ def main() -> None:
         images = read_images(folder, config.size)
         init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
         network = dj.UNet(3, config.embed_dim, config.dim_scales)
-        params = jax.jit(network.init)(init_key, jnp.zeros((1, *shape)), jnp.ones(1, jnp.int32))["params"]
+        params = jax.jit(network.init)(init_key, jnp.zeros((1, *shape), jnp.float32), jnp.ones(1, jnp.int32))["params"]
         optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations, config.iterations // 20)
         state = dj.create_train_state(network.apply, params, optimizer)
         may_differ = {"workdir", "folder", "checkpoint_every", "sample_every", "num_samples"}

@@ -44,7 +44,7 @@ def make_network(config: Config) -> dj.UNet:
 
 def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
     network = make_network(config)
-    params = jax.jit(network.init)(key, jnp.zeros((1, *IMAGE_SHAPE)), jnp.ones(1, jnp.int32))["params"]
+    params = jax.jit(network.init)(key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), jnp.ones(1, jnp.int32))["params"]
     optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations, config.warmup)
     return dj.create_train_state(network.apply, params, optimizer)
 
@@ -60,7 +60,8 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
 
     def loss_fn(params, batch, keys):
         x_0, labels = batch
-        dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), config.label_dropout))(keys)
+        share = jnp.float32(config.label_dropout)
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), share))(keys)
         labels = jnp.where(dropped, NUM_CLASSES, labels)
         predict = apply_to(config, params, labels)
         return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type)

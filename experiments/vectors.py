@@ -37,7 +37,7 @@ def set_up(
     dim = draw(random_key(0)).shape[0]
     network = dj.MLP(dim, config.embed_dim)
     init_key, train_key = jax.random.split(random_key(config.seed), 4)[:2]
-    params = jax.jit(network.init)(init_key, jnp.zeros((1, dim)), jnp.ones(1, jnp.int32))["params"]
+    params = jax.jit(network.init)(init_key, jnp.zeros((1, dim), jnp.float32), jnp.ones(1, jnp.int32))["params"]
     optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations)
     state = dj.create_train_state(network.apply, params, optimizer)
     workdir = open_workdir(config, may_differ={"workdir", "checkpoint_every"}, data=draw.__name__)
