@@ -3,12 +3,20 @@
 import errno
 import importlib.util
 import signal
+from functools import partial
 
+import chex
+import jax
+import jax.numpy as jnp
 import loop
 import numpy as np
 import pytest
+from coins import draw_coins
+from mixture import draw_mixture
 from processes import join_processes
 from runs import EXPERIMENTS, TINY, assert_same_run, finish, run, start, wait_for
+
+import diffusion_jax as dj
 
 SCRIPTS = sorted(file.name for file in EXPERIMENTS.glob("*.py") if "__main__" in file.read_text() and file.stem != "terminal")
 
@@ -79,3 +87,24 @@ def test_a_coordinator_without_a_port_is_named(monkeypatch, address):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
     with pytest.raises(ValueError, match=f"JAX_COORDINATOR_ADDRESS must be HOST:PORT, got '{address}'"):
         join_processes(["--distributed"])
+
+
+@pytest.mark.parametrize("draw", [draw_mixture, draw_coins])
+def test_x64_changes_no_data(draw):
+    key = jax.random.key(3)
+    expected = draw(key)
+    with jax.enable_x64(True):
+        drawn = draw(key)
+    assert drawn.dtype == np.float32
+    np.testing.assert_array_equal(drawn, expected)
+
+
+def test_x64_leaves_a_state_in_float32():
+    with jax.enable_x64(True):
+        params = {"w": jnp.ones(3, jnp.float32)}
+        state = dj.create_train_state(lambda: None, params, dj.adam_with_cosine_decay(0.1, 10, warmup=2))
+        loss_fn = lambda params, x_0, keys: (params["w"] * x_0 - 1) ** 2  # noqa: E731
+        step = partial(dj.train_step, loss_fn=loss_fn, ema_decay=0.9)
+        new, metrics = jax.jit(step)(state, jnp.zeros(3, jnp.float32), jax.random.split(jax.random.key(0), 3))
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    assert {x.dtype for x in jax.tree.leaves((new, metrics))} == {np.dtype(np.float32), np.dtype(np.int32)}
