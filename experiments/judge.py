@@ -62,7 +62,12 @@ def read_samples(file: str) -> Float[np.ndarray, "N 32 32 1"]:
     require(right, "samples", file, "a .npy of at least 100 float images [N, 32, 32, 1]")
     require(bool(np.isfinite(samples).all()), "samples", file, "finite everywhere")
     low, high = samples.min(), samples.max()
-    require(-3 < low < -0.3 and high < 3, "samples", file, f"in [-1, 1], where -1 is black, and these are from {low} to {high}")
+    require(
+        bool(-3 < low < -0.3 and high < 3),
+        "samples",
+        file,
+        f"in [-1, 1], where -1 is black, and these are from {low} to {high}",
+    )
     return samples
 
 
