@@ -88,7 +88,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState) -> Tra
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
-    """The state saved at `step`, placed as `state` is. Raises ValueError if it is damaged or of another shape."""
+    """The state saved at `step`, placed as `state` is. Raises ValueError if it is damaged or of another shape or dtype."""
     wanted = _arrays(state)
     target = _empty_like(wanted)
     try:
@@ -177,9 +177,10 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_shapes(metadata: PyTree, target: PyTree) -> None:
-    saved = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(metadata.tree)}
     leaves, _ = jax.tree_util.tree_flatten_with_path(target)
-    wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
-    for name in [*wanted, *saved]:
-        if saved.get(name) != wanted.get(name):
-            raise ValueError(f"{name} has the shape {saved.get(name)}, and this run's {wanted.get(name)}")
+    for what, of in (("shape", lambda leaf: tuple(leaf.shape)), ("dtype", lambda leaf: np.dtype(leaf.dtype))):
+        saved = {leaf.name: of(leaf) for leaf in jax.tree.leaves(metadata.tree)}
+        wanted = {jax.tree_util.keystr(path, simple=True, separator="."): of(leaf) for path, leaf in leaves}
+        for name in [*wanted, *saved]:
+            if saved.get(name) != wanted.get(name):
+                raise ValueError(f"{name} has the {what} {saved.get(name)}, and this run's {wanted.get(name)}")

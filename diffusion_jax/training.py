@@ -24,6 +24,8 @@ class TrainState(train_state.TrainState):
 
 def create_train_state(apply_fn: Callable, params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step. The average is a copy, so that both may be donated."""
+    # jnp.result_type makes weak types strong and, without x64, NumPy's float64 float32: as each step leaves them
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
     ema_params = jax.tree.map(jnp.copy, params)
     state = TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer, ema_params=ema_params)
     return state.replace(step=jnp.zeros((), jnp.int32))
@@ -64,12 +66,14 @@ def train_step(
     """One optimizer step on the mean of `loss_fn(params, batch, keys)`; returns the new state and its metrics.
 
     The average follows with decay min(ema_decay, (1 + step) / (10 + step)), so that a short run is not held to its start.
+    Every array of the new state has the dtype of the old one.
     """
     loss, grads = jax.value_and_grad(lambda params: loss_fn(params, batch, keys).mean())(state.params)
     loss, grads = mean_over_devices((loss, grads))
     state = state.apply_gradients(grads=grads)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-    ema_params = jax.tree.map(lambda ema, new: decay * ema + (1 - decay) * new, state.ema_params, state.params)
+    average = lambda ema, new: (decay * ema + (1 - decay) * new).astype(ema.dtype)  # noqa: E731
+    ema_params = jax.tree.map(average, state.ema_params, state.params)
     return state.replace(ema_params=ema_params), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
 
@@ -105,6 +109,7 @@ def over_devices(
         in_axes=in_axes,
         out_axes=out_axes,
         devices=devices,
+        axis_size=len(devices),  # pmap else requires as many devices in each process
         donate_argnums=donate_argnums,
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PyTree, UInt8
+from machine import random_key
 from tqdm import tqdm
 
 from diffusion_jax.data import ImageData, batch_indices
@@ -82,7 +83,7 @@ def _train(data: ImageData) -> dict:
     """Adam, and a shift of up to two pixels for each image."""
     steps = EPOCHS * max(len(data.images), 15_000) // BATCH
     optimizer = optax.adam(optax.cosine_onecycle_schedule(steps, 3e-3))
-    params = jax.jit(Classifier().init)(jax.random.key(0), data.images[:1])["params"]
+    params = jax.jit(Classifier().init)(random_key(0), data.images[:1])["params"]
 
     def loss_fn(params, images, labels):
         logits = apply(params, images)[1]
@@ -90,12 +91,12 @@ def _train(data: ImageData) -> dict:
 
     @jax.jit
     def step(params, opt_state, images, labels, key):
-        shifts = jax.random.randint(key, (len(images), 2), -2, 3)
+        shifts = jax.random.randint(key, (len(images), 2), -2, 3, jnp.int32)
         images = jax.vmap(lambda image, shift: jnp.roll(image, shift, (0, 1)))(images, shifts)
         updates, opt_state = optimizer.update(jax.grad(loss_fn)(params, images, labels), opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    opt_state, key = optimizer.init(params), jax.random.key(1)
+    opt_state, key = optimizer.init(params), random_key(1)
     for number in tqdm(range(steps), "classifier", unit="step", file=sys.stderr):
         indices = batch_indices(0, number, BATCH, len(data.images))
         params, opt_state = step(params, opt_state, data.images[indices], data.labels[indices], jax.random.fold_in(key, number))

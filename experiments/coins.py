@@ -3,6 +3,8 @@
 python experiments/coins.py
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import sys
 
@@ -34,7 +36,7 @@ class Config(vectors.Config):
 
 def draw_coins(key: Key[Array, ""]) -> Float[Array, " 48"]:
     """1 for each head and -1 for each tail, in a random order."""
-    return jax.random.permutation(key, jnp.where(jnp.arange(COINS) < HEADS, 1.0, -1.0))
+    return jax.random.permutation(key, jnp.where(jnp.arange(COINS) < HEADS, 1.0, -1.0).astype(jnp.float32))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
+from machine import why_no_device
 
 from diffusion_jax.data import DataUnavailable
 
@@ -77,6 +78,10 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, DataUnavailable) as error:
         stop_with(str(error))
+    except (RuntimeError, AssertionError):
+        if problem := why_no_device():
+            stop_with(problem)
+        raise
 
 
 def stop_with(message: str) -> NoReturn:

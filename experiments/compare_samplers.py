@@ -3,6 +3,8 @@
 python experiments/compare_samplers.py --workdir runs/mnist --calls 5 10 20 50
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import json
 import sys
@@ -10,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
 import mnist
 import numpy as np
 from classifier import trained_classifier
 from command_line import check_values, one_line_errors, parse_command_line, require
 from figures import save_curves
 from judge import to_bytes
-from machine import prepare_machine
+from machine import prepare_machine, random_key
 from saved_run import draw_all, restored, run_config
 from workdir import one_line_if_unwritable
 
@@ -78,7 +79,7 @@ def main() -> None:
     floor, distances = frechet_distance(real, classify(test.images[:count])[0]), {}
     print(f"| sampler | calls | Frechet distance, {count} images |\n|---|---|---|\n| test images | | {floor:.3g} |")
     for (name, calls), table in tables.items():
-        samples = draw_all(run, schedule, state, table, jax.random.key(config.seed), labels)
+        samples = draw_all(run, schedule, state, table, random_key(config.seed), labels)
         distances.setdefault(name, {})[calls] = distance = frechet_distance(real, classify(to_bytes(samples))[0])
         print(f"| {name} | {calls} | {distance:.3g} |", flush=True)
     with one_line_if_unwritable(Path(config.workdir)):

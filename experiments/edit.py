@@ -5,6 +5,8 @@ python experiments/edit.py --what interpolate      # from one image to another, 
 python experiments/edit.py --what image-to-image   # the image, and what becomes of it after more and more noise
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ import numpy as np
 from command_line import check_output, check_values, one_line_errors, parse_command_line, require
 from figures import save_rows
 from jaxtyping import Array, Float, PyTree
-from machine import prepare_machine
+from machine import prepare_machine, random_key
 from saved_run import restored, run_config
 
 import diffusion_jax as dj
@@ -66,7 +68,7 @@ def main() -> None:
         images = load_dataset(run.dataset, config.data_dir, "test").images[: config.num_images + 1]
         state = restored(run, config.workdir, config.checkpoint)
 
-    x_0, key = to_model_input(jnp.asarray(images)), jax.random.key(config.seed)
+    x_0, key = to_model_input(jnp.asarray(images)), random_key(config.seed)
     edit = {"inpaint": inpaint, "interpolate": interpolate, "image-to-image": image_to_image}[config.what]
     columns = edit(make_draw(run, schedule, state.ema_params, key), schedule, table, x_0, key)
     with one_line_errors():
@@ -112,7 +114,7 @@ def image_to_image(
     draw: Callable, schedule: dj.NoiseSchedule, table: dj.SamplerTable, x_0: Float[Array, "B H W C"], key: Array
 ) -> list[Array]:
     """The image noised to a share of the timesteps, and denoised from there."""
-    columns, eps = [x_0], jax.random.normal(key, x_0.shape)
+    columns, eps = [x_0], jax.random.normal(key, x_0.shape, x_0.dtype)
     for share in NOISE:
         rest = dj.part_way(table, round(share * schedule.num_timesteps))
         x_t = dj.q_sample(schedule, x_0, jnp.full(len(x_0), rest.t[0]), eps)

@@ -3,6 +3,8 @@
 python experiments/evaluate.py --workdir runs/mnist
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import json
 import sys
@@ -18,7 +20,7 @@ from command_line import check_values, one_line_errors, parse_command_line, requ
 from figures import save_bound_figure
 from jaxtyping import Float
 from judge import as_table, judge
-from machine import prepare_machine
+from machine import prepare_machine, random_key
 from saved_run import check_guidance, draw_all, restored, run_config, sampler_table
 from tqdm import tqdm
 from workdir import one_line_if_unwritable
@@ -69,7 +71,7 @@ def main() -> None:
         classify, accuracy = trained_classifier(train, test)
 
     labels = mnist.labels_in_turn(run, count)
-    samples = draw_all(run, schedule, state, table, jax.random.key(config.seed), labels, config.guidance_scale)
+    samples = draw_all(run, schedule, state, table, random_key(config.seed), labels, config.guidance_scale)
     results = {
         "step": int(state.step), "calls": len(table.t), "sampler": config.sampler, "eta": config.eta, "seed": config.seed,
         "guidance_scale": config.guidance_scale, "classifier_accuracy": accuracy,
@@ -93,12 +95,12 @@ def bound(
     """The terms of the variational bound, L_0, ..., L_{T-1} and L_T, and the standard error of their sum, by images drawn at
     random for each of them; in bits per dimension of a 28x28 image. Of a conditional run, given the class."""
     sigma_type = "lower_bound" if run.sigma_type == "zero" else run.sigma_type
-    key = jax.random.key(config.seed)
+    key = random_key(config.seed)
 
     @jax.jit
     def term(params, images, labels, t, key):
         x_0, denoise = to_model_input(images), mnist.make_denoiser(run, schedule, params, labels)
-        eps = jax.random.normal(key, x_0.shape)
+        eps = jax.random.normal(key, x_0.shape, x_0.dtype)
         return dj.bound_bits(schedule, denoise, x_0, jnp.full(len(x_0), t), eps, sigma_type)
 
     rng, terms = np.random.default_rng(config.seed), []

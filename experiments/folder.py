@@ -6,6 +6,8 @@ Links are followed. Hidden files and folders, and those of thumbnails and trash,
 to 5% are left out, with a warning.
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import os
 import sys
@@ -23,7 +25,7 @@ from command_line import check_values, one_line_errors, parse_command_line, requ
 from figures import grid, save_picture
 from jaxtyping import UInt8
 from loop import train_in
-from machine import prepare_machine
+from machine import prepare_machine, random_key
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from workdir import is_hidden, one_line_if_unwritable, open_workdir
 
@@ -90,9 +92,9 @@ def main() -> None:
         schedule = dj.cosine_schedule(config.num_timesteps)
         table = dj.dpm_solver_table(schedule, 1.0, min(SAMPLING_TIMESTEPS, config.num_timesteps))
         images = read_images(folder, config.size)
-        init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+        init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
         network = dj.UNet(3, config.embed_dim, config.dim_scales)
-        params = jax.jit(network.init)(init_key, jnp.zeros((1, *shape)), jnp.ones(1, jnp.int32))["params"]
+        params = jax.jit(network.init)(init_key, jnp.zeros((1, *shape), jnp.float32), jnp.ones(1, jnp.int32))["params"]
         optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations, config.iterations // 20)
         state = dj.create_train_state(network.apply, params, optimizer)
         may_differ = {"workdir", "folder", "checkpoint_every", "sample_every", "num_samples"}

@@ -3,6 +3,8 @@
 python experiments/judge.py --samples samples.npy
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import json
 import sys

@@ -139,7 +139,8 @@ def stop_requests() -> Iterator[list[int]]:
     def note(number: int, _: Any) -> None:
         requests.append(number)
         restore()
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print is not safe in a handler
+        with contextlib.suppress(OSError):  # print is not safe in a handler
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
     try:

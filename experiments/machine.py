@@ -1,6 +1,8 @@
 """What a script asks of the machine that it runs on, before its first array."""
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -10,14 +12,45 @@ import zlib
 from pathlib import Path
 
 import jax
+from jaxtyping import Array, Key
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def prepare_machine() -> None:
-    """Compiled programs are kept on disk for the next start; memory that a step frees is kept for the next step."""
+    """Compiled programs are kept on disk for the next start; memory that a step frees is kept for the next step; random numbers
+    depend on seeds alone."""
     keep_compiled_programs()
-    keep_freed_memory()
+    if only_cpus():
+        keep_freed_memory()
+    fix_random_numbers()
+
+
+def only_cpus() -> bool:
+    """Whether JAX will run on a CPU, asked without starting it."""
+    if jax.config.jax_platforms:
+        return jax.config.jax_platforms == "cpu"
+    return not importlib.metadata.entry_points(group="jax_plugins") and not importlib.util.find_spec("libtpu")
+
+
+def why_no_device() -> str | None:
+    """What JAX says where it finds no device, for example of the platform that JAX_PLATFORMS names."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as problem:  # the latter, without a word, where a platform's plugin is not installed
+        reason = (str(problem) or "no support for that platform is installed").splitlines()[0]
+        return f"JAX finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}"
+
+
+def random_key(seed: int) -> Key[Array, ""]:
+    """The key of `seed`. Under other implementations (JAX_DEFAULT_PRNG_IMPL) what an example draws depends on its batch."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def fix_random_numbers() -> None:
+    """The same key gives the same numbers, whatever JAX's environment variables say."""
+    jax.config.update("jax_threefry_partitionable", True)
+    jax.config.update("jax_random_seed_offset", 0)
 
 
 def keep_compiled_programs() -> None:
@@ -57,7 +90,10 @@ def warn_of_emulated(precision: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Under glibc, which else gives a step's buffers back and takes them zeroed again: a seventh of a step on a CPU."""
+    """Keep glibc from returning a step's buffers to the system and taking them again: a seventh of a step on a CPU.
+
+    One arena for all threads makes XLA's compilation for a GPU, in many threads, several times slower.
+    """
     if platform.libc_ver()[0] == "glibc":
         for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
             ctypes.CDLL(None).mallopt(option, value)

@@ -3,6 +3,8 @@
 python experiments/mixture.py
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import sys
 
@@ -34,8 +36,9 @@ class Config(vectors.Config):
 def draw_mixture(key: Key[Array, ""]) -> Float[Array, " 2"]:
     """A point of 1/2 N((-5, 0), I) + 1/2 N((5, 0), I), divided by its standard deviations sqrt(26) and 1."""
     side_key, normal_key = jax.random.split(key)
-    centre = jnp.array([5.0, 0.0]) * jax.random.rademacher(side_key, (1,), float)
-    return (centre + jax.random.normal(normal_key, (2,))) / jnp.array([26**0.5, 1.0])
+    right = jax.random.bernoulli(side_key, jnp.float32(0.5), (1,))
+    centre = jnp.array([5, 0], jnp.float32) * jnp.where(right, 1, -1)
+    return (centre + jax.random.normal(normal_key, (2,), jnp.float32)) / jnp.array([26**0.5, 1], jnp.float32)
 
 
 def main() -> None:
@@ -53,7 +56,8 @@ def main() -> None:
     path = dj.sample_trajectory(denoise, table, keys, (2,))
     fast_path = dj.sample_trajectory(denoise, fast_table, keys, (2,))
 
-    grid = jnp.stack(jnp.meshgrid(jnp.linspace(-2.8, 2.8, 15), jnp.linspace(-2.8, 2.8, 15)), axis=-1).reshape(-1, 2)
+    side = jnp.linspace(-2.8, 2.8, 15, dtype=jnp.float32)
+    grid = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)
     scores = []
     for t in range(1, NUM_TIMESTEPS + 1):  # score = -eps_hat / sqrt(1 - alpha_bar_t)  [Song et al. 2021]
         times = jnp.full(len(grid), t)

@@ -4,6 +4,8 @@ python experiments/mnist.py                   # sized for this machine
 python experiments/mnist.py --preset paper    # the published recipe
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import math
 import os
@@ -20,7 +22,7 @@ from command_line import one_line_errors, parse_command_line
 from figures import grid, save_animation, save_noise_figure, save_training_figure
 from jaxtyping import Array, Float, Key, PyTree
 from loop import train_in
-from machine import prepare_machine, warn_of_emulated
+from machine import prepare_machine, random_key, warn_of_emulated
 from mnist_config import MAY_DIFFER, PRESETS, Config, check, choose_preset
 from processes import check_same_everywhere, failing_together, in_turn, is_first_process, join_processes
 from workdir import one_line_if_unwritable, open_workdir
@@ -43,7 +45,7 @@ def make_network(config: Config) -> dj.UNet:
 
 def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
     network = make_network(config)
-    params = jax.jit(network.init)(key, jnp.zeros((1, *IMAGE_SHAPE)), jnp.ones(1, jnp.int32))["params"]
+    params = jax.jit(network.init)(key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), jnp.ones(1, jnp.int32))["params"]
     optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations, config.warmup)
     return dj.create_train_state(network.apply, params, optimizer)
 
@@ -59,7 +61,8 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
 
     def loss_fn(params, batch, keys):
         x_0, labels = batch
-        dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), config.label_dropout))(keys)
+        share = jnp.float32(config.label_dropout)
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), share))(keys)
         labels = jnp.where(dropped, NUM_CLASSES, labels)
         predict = apply_to(config, params, labels)
         return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type)
@@ -144,7 +147,7 @@ def main() -> None:
             schedule = SCHEDULES[config.noise_schedule_type](config.num_timesteps)
             table = dj.ancestral_table(schedule, config.sigma_type, config.sampling_timesteps)
             preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
-            init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+            init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
             state = initial_state(config, init_key)
         data = in_turn(lambda: load_dataset(config.dataset, config.data_dir))
         config = dataclasses.replace(config, dataset=data.name)
@@ -169,12 +172,13 @@ def main() -> None:
         if is_first_process():
             save_noise_figure(workdir / "figure.png", real, path)
             save_animation(workdir / "denoising.gif", path)
-            print(f"wrote figure.png and denoising.gif in {workdir}")
             if os.path.getsize(workdir / "metrics.csv"):  # else all rows are lost, of which the loop has warned
                 metrics = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True, ndmin=1)
                 learning_rate = dj.cosine_decay(config.learning_rate, config.iterations, config.warmup)
                 save_training_figure(workdir / "training.png", metrics, learning_rate)
-                print(f"wrote training.png in {workdir}")
+    if is_first_process():
+        names = [name for name in ("figure.png", "denoising.gif", "training.png") if (workdir / name).exists()]
+        print(f"wrote {', '.join(names)} in {workdir}")
 
 
 def fingerprint(config: Config, data: ImageData) -> int:

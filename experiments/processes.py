@@ -3,13 +3,14 @@
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 HEARTBEAT_SECONDS = 30
@@ -30,6 +31,9 @@ def join_processes(args: Sequence[str]) -> None:
         count, number = (
             int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         )
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        if address is not None and not re.fullmatch(r".+:[1-9]\d{0,4}", address):
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT, got {address!r}")
         jax.config.update("jax_enable_preemption_service", False)  # else SIGTERM would be its, and nobody would hear of it
         jax.distributed.initialize(
             num_processes=count,
@@ -78,18 +82,29 @@ def in_turn(fn: Callable[[], Result]) -> Result:
 
 
 def from_first_process(tree: PyTree) -> PyTree:
-    """The first process's arrays, bit for bit (as bytes, which a sum with zeros keeps), placed as this process's own are."""
+    """The first process's arrays, bit for bit, placed as this process's own are."""
     if jax.process_count() == 1:
         return tree
-    sent = multihost_utils.broadcast_one_to_all(jax.tree.map(lambda x: np.frombuffer(np.asarray(x).tobytes(), np.uint8), tree))
-    return jax.tree.map(
-        lambda x, mine: jax.device_put(np.asarray(x).view(mine.dtype).reshape(mine.shape), mine.sharding), sent, tree
-    )
+    own = jax.tree.map(lambda x: np.frombuffer(np.asarray(x).tobytes(), np.uint8), tree)
+    sent = _maxima(own if is_first_process() else jax.tree.map(np.zeros_like, own))
+    return jax.tree.map(lambda x, mine: jax.device_put(x.view(mine.dtype).reshape(mine.shape), mine.sharding), sent, tree)
 
 
 def largest_of_all(number: int) -> int:
-    """The largest of the numbers that the processes come with."""
-    return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    """The largest of the processes' numbers."""
+    return number if jax.process_count() == 1 else int(_maxima(np.int32(number)))
+
+
+def _maxima(tree: PyTree) -> PyTree:
+    """Element by element the largest of the processes' arrays. (`multihost_utils` needs as many devices in each process.)"""
+    mesh = Mesh(jax.devices(), "devices")
+    by_device, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("devices",), ()))
+    shared = jax.tree.map(lambda x: jax.make_array_from_callback((mesh.size, *x.shape), by_device, lambda _: x[None]), tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), jax.jit(_largest_rows, out_shardings=whole)(shared))
+
+
+def _largest_rows(tree: PyTree) -> PyTree:  # by name, so that jit compiles it once
+    return jax.tree.map(lambda x: x.max(0), tree)
 
 
 def check_same_everywhere(what: str, number: int) -> None:

@@ -3,17 +3,18 @@
 python experiments/sample.py --sampling-timesteps 50 --out samples.png
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import sys
 from pathlib import Path
 from typing import Literal
 
-import jax
 import mnist
 import numpy as np
 from command_line import check_output, check_values, one_line_errors, parse_command_line, require
 from figures import grid, save_picture
-from machine import prepare_machine
+from machine import prepare_machine, random_key
 from saved_run import check_guidance, draw_all, restored, run_config, sampler_table
 
 
@@ -59,7 +60,7 @@ def main() -> None:
         state = restored(run, config.workdir, config.checkpoint)
 
     labels = np.resize(config.labels, count) if config.labels else mnist.labels_in_turn(run, count)
-    samples = draw_all(run, schedule, state, table, jax.random.key(config.seed), labels, config.guidance_scale)
+    samples = draw_all(run, schedule, state, table, random_key(config.seed), labels, config.guidance_scale)
     with one_line_errors():
         if out.suffix.lower() == ".png":
             save_picture(out, grid(samples))

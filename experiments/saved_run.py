@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import jax
 import mnist
 import numpy as np
 from beartype.door import is_bearable
 from command_line import require
 from jaxtyping import Array, Float, Int, Key
+from machine import random_key
 from tqdm import tqdm
 from workdir import read_config
 
@@ -80,7 +80,7 @@ def restored(run: mnist.Config, workdir: str, which: str) -> dj.TrainState:
     with open_checkpoints(Path(workdir) / "checkpoints") as checkpoints:
         if checkpoints.latest_step() is None:
             raise ValueError(f"--workdir must hold a run with a checkpoint, and {workdir} has none yet")
-        state = mnist.initial_state(run, jax.random.key(0))
+        state = mnist.initial_state(run, random_key(0))
         if which == "newest":
             return restore_latest(checkpoints, state)
         best = checkpoints.best_step()

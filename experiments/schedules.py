@@ -3,6 +3,8 @@
 python experiments/schedules.py --out schedules.png
 """
 
+import terminal  # isort: skip  # noqa: F401
+
 import dataclasses
 import sys
 from pathlib import Path

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from command_line import check_values
 from jaxtyping import Array, Float, Key
 from loop import train_in
+from machine import random_key
 from workdir import open_workdir
 
 import diffusion_jax as dj
@@ -33,10 +34,10 @@ def set_up(
 ) -> tuple[Path, Callable[[], Callable[[Array, Array], Array]]]:
     """The run's folder, and train() -> predict(x_t, t) with the averaged parameters; `draw(key)` is one vector of the data."""
     check_values(config)
-    dim = draw(jax.random.key(0)).shape[0]
+    dim = draw(random_key(0)).shape[0]
     network = dj.MLP(dim, config.embed_dim)
-    init_key, train_key = jax.random.split(jax.random.key(config.seed), 4)[:2]
-    params = jax.jit(network.init)(init_key, jnp.zeros((1, dim)), jnp.ones(1, jnp.int32))["params"]
+    init_key, train_key = jax.random.split(random_key(config.seed), 4)[:2]
+    params = jax.jit(network.init)(init_key, jnp.zeros((1, dim), jnp.float32), jnp.ones(1, jnp.int32))["params"]
     optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations)
     state = dj.create_train_state(network.apply, params, optimizer)
     workdir = open_workdir(config, may_differ={"workdir", "checkpoint_every"}, data=draw.__name__)
@@ -59,5 +60,5 @@ def set_up(
 
 def examples(config: Config, draw: Callable, count: int) -> tuple[Float[Array, "count d"], Key[Array, " count"]]:
     """Vectors of the data that no step has seen, and a key for each sample."""
-    sample_key, data_key = jax.random.split(jax.random.key(config.seed), 4)[2:]
+    sample_key, data_key = jax.random.split(random_key(config.seed), 4)[2:]
     return jax.vmap(draw)(dj.example_keys(data_key, jnp.arange(count))), dj.example_keys(sample_key, jnp.arange(count))

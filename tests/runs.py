@@ -21,12 +21,16 @@ TINY = ["--dataset", "digits", "--embed-dim", "4", "--dim-scales", "1", "2", "--
 TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", "--num-samples", "5", "--ema-decay", "0.9"]
 
 
-def start(script: str, *args: object, devices: int = 1, **environment: str) -> subprocess.Popen:
+def start(
+    script: str, *args: object, devices: int = 1, redirection: str = "", cwd: Path | None = None, **environment: str
+) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | COMPILED_ONCE | environment
     command = [sys.executable, str(EXPERIMENTS / script), *map(str, args)]
     output = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up, and the script would wait for ever  # noqa: SIM115
-    process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    if redirection:
+        command = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command]
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
     process.output = output
     return process
 

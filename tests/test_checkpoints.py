@@ -180,6 +180,17 @@ def restored_step(folder, state) -> int:
     return int(restored.step)
 
 
+def test_another_dtype_is_named(tmp_path, state):
+    save_all(tmp_path, state, [1.0])
+    halved = state.replace(ema_params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.ema_params))
+    with open_checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match=r"ema_params.Dense_0.bias has the dtype float32, and this run's bfloat16"):
+            restore_latest(checkpoints, halved)
+        save(checkpoints, at(halved, 2))
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert_same(restore_latest(checkpoints, halved), at(halved, 2))
+
+
 def test_another_shape_is_named(tmp_path, state):
     save_all(tmp_path, state, [1.0])
     wider = dj.create_train_state(state.apply_fn, jax.tree.map(lambda x: jnp.zeros((*x.shape, 2)), state.params), state.tx)

@@ -253,21 +253,24 @@ def assert_close(workdir: Path, other: Path) -> None:
     np.testing.assert_allclose(*rows, rtol=1e-4)
 
 
-def start_two(*args: object, devices: int = 2, seeds: tuple[int, int] = (0, 0)) -> list[subprocess.Popen]:
+def start_two(*args: object, devices: tuple[int, int] = (2, 2), seeds: tuple[int, int] = (0, 0)) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    common = {"devices": devices, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     args = [*args, "--distributed", "--seed"]
-    return [start("mnist.py", *args, seed, JAX_PROCESS_ID=str(number), **common) for number, seed in enumerate(seeds)]
+    return [
+        start("mnist.py", *args, seeds[number], devices=devices[number], JAX_PROCESS_ID=str(number), **common)
+        for number in (0, 1)
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [(1, 1), (2, 2), (1, 3), (3, 1)])
 def test_two_processes_train_what_one_does(trained, tmp_path, devices):
     first, second = (finish(process) for process in start_two(*TINY, "--workdir", tmp_path / "two", devices=devices))
     assert_close(tmp_path / "two", trained)
-    assert f"small preset on {2 * devices} x cpu" in first
+    assert f"small preset on {sum(devices)} x cpu" in first
     assert "wrote" in first
     assert "preset" not in second
     assert "wrote" not in second

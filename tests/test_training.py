@@ -118,6 +118,27 @@ def test_the_average_follows_the_parameters_by_its_recursion():
     assert optax.tree.norm(jax.tree.map(jnp.subtract, ema, state.params)) > 0
 
 
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("weak", "weak")]
+)
+def test_a_state_keeps_its_types(dtypes):
+    """So a second step traces nothing, and lax.scan takes it."""
+    params = {"w": jnp.asarray(0.5)}  # weakly typed, as Python numbers make it
+    state = dj.create_train_state(lambda: None, params, optax.adam(0.1))
+    if dtypes[0] != "weak":
+        params, ema_params = ({"w": jnp.full(3, 0.5, dtype)} for dtype in dtypes)
+        state = dj.create_train_state(lambda: None, params, optax.adam(0.1)).replace(ema_params=ema_params)
+
+    def step(state, x_0):
+        loss_fn = lambda params, x_0, keys: (params["w"] * x_0 - 1) ** 2  # noqa: E731
+        return dj.train_step(state, x_0, jax.random.split(jax.random.key(0), 3), loss_fn=loss_fn, ema_decay=0.9)[0], None
+
+    trained, _ = jax.lax.scan(step, state, jnp.ones((4, 3)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(trained, state)
+    assert not any(x.weak_type for x in jax.tree.leaves(state))  # or the second step would be traced again
+    assert (trained.ema_params["w"] > 0.6).all()
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_donating_the_state_is_safe(devices):
     state, step, x_0 = setup("mlp")
