@@ -148,7 +148,7 @@ def sampling(bench: Bench, workers: list[Worker], tasks: list[tuple[int, int]]) 
 
 
 def recipe(bench: Bench) -> None:
-    """experiments/mnist.py --preset paper, from its start to its figure, and samples of its network."""
+    """experiments/mnist.py --preset paper, from its start to its figure. The training step's program is in the cache by then."""
     options, workdir = bench.options, bench.scratch / "recipe"
     data = ["--data-dir", options.data_dir] if options.data_dir else []
     size = ["--embed-dim", options.embed_dim, "--batch-size", options.batch_size, "--iterations", options.iterations]
@@ -157,11 +157,13 @@ def recipe(bench: Bench) -> None:
     bench.results["recipe"] = {"seconds": seconds, "loss of the last 100 steps": float(loss[-100:].mean())}
     for name in ("figure.png", "training.png"):
         shutil.copy(workdir / name, bench.out / name)
-    out = bench.out / "samples.npy"
-    drawn = bench.run(
-        "sample.py", "--workdir", workdir, "--sampling-timesteps", 50, "--num-samples", options.num_samples, "--out", out
-    )
-    bench.results["recipe"] |= {"samples": options.num_samples, "seconds of sampling": drawn}
+
+
+def samples(bench: Bench) -> None:
+    """Samples of the recipe's network, with 50 calls."""
+    count = ["--sampling-timesteps", 50, "--num-samples", bench.options.num_samples]
+    seconds = bench.run("sample.py", "--workdir", bench.scratch / "recipe", *count, "--out", bench.out / "samples.npy")
+    bench.results["recipe"] |= {"samples": bench.options.num_samples, "seconds of sampling": seconds}
 
 
 def repeated(bench: Bench, ours: Worker) -> None:
@@ -217,23 +219,22 @@ def main() -> None:
     try:
         bench.part("rates", 20, lambda: rates(bench, ours["machine"]))
         ours["machine"].close()
-        bench.part("training", 60, lambda: training(bench, [ours[OURS]]))
-        bench.part("repeated", 10, lambda: repeated(bench, ours[OURS]))
         few, many = options.drawn
-        tasks = [(few, 500), (few, 50), (few, 20), (few, 10), (many, 20)]
-        bench.part("sampling", 30, lambda: sampling(bench, [ours[OURS]], tasks))
+        bench.part("training", 60, lambda: training(bench, [ours[OURS], *fastest]))
+        bench.part("sampling", 30, lambda: sampling(bench, [ours[OURS]], [(few, calls) for calls in (500, 50, 20, 10)]))
         bench.part("recipe", 120, lambda: recipe(bench))
-        bench.part("original, compiled", 60, lambda: training(bench, [ours[OURS], *fastest]))
-        bench.part("original, compiled, sampling", 20, lambda: sampling(bench, fastest, [(few, 50), (few, 500)]))
+        bench.part("recipe, samples", 20, lambda: samples(bench))
+        bench.part("repeated", 10, lambda: repeated(bench, ours[OURS]))
+        bench.part("sampling, many", 20, lambda: sampling(bench, [ours[OURS]], [(many, 20)]))
+        bench.part("sampling, original", 30, lambda: sampling(bench, fastest, [(few, 50), (few, 500)]))
         for worker in fastest:
             worker.close()
-        bench.part("TF32", 40, lambda: training(bench, [ours[OURS], ours[TF32]]))
-        bench.part("original, eager", 20, lambda: training(bench, [ours[OURS], *eager]))
+        bench.part("eager and TF32", 60, lambda: training(bench, [ours[OURS], ours[TF32], *eager]))
         for worker in (*eager, ours[OURS], ours[TF32]):
             worker.close()
         bench.part("float32", 40, lambda: training(bench, [ours[FLOAT32]]))
         ours[FLOAT32].close()
-        bench.part("resumed", 60, lambda: resumed(bench))
+        bench.part("killed and resumed", 60, lambda: resumed(bench))
         bench.part("deterministic", 40, lambda: deterministic(bench))
         bench.part("other batches", 40, lambda: other_batches(bench))
     finally:

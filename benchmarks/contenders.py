@@ -123,7 +123,8 @@ def flops_of(jaxpr) -> int:
         elif equation.primitive.name == "conv_general_dilated":
             kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
             total += 2 * out * math.prod(kernel) // kernel[numbers[0]]
-        for value in equation.params.values():
+        branches = equation.params.get("branches", ())  # of one operation, for each platform
+        for value in (*branches[-1:], *equation.params.values()):
             inner = getattr(value, "jaxpr", value)
             total += flops_of(inner) if hasattr(inner, "eqns") else 0
     return total

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, DTypeLike, Float
 
 from diffusion_jax import cpu
@@ -43,9 +44,9 @@ class Conv3x3(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """activation(group normalization + shift), with statistics in float32 and the result in `dtype` (Wu & He 2018).
+    """activation(group normalization of x, plus shift), with statistics in float32 and the result in `dtype` (Wu & He 2018).
 
-    There are up to 8 groups, of 4 channels or more. `shift` is added to the bias of each example.
+    There are up to 8 groups, of 4 channels or more. `shift` is added to the bias, for each example.
     """
 
     dtype: DTypeLike
@@ -53,30 +54,44 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], shift: Float[Array, "#B #C"] | float = 0.0) -> Float[Array, "B H W C"]:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-        offset = jnp.broadcast_to(bias[None] + jnp.asarray(shift, jnp.float32), (len(x), x.shape[-1]))
-
-        groups = next(n for n in (8, 4, 2, 1) if n == 1 or (x.shape[-1] % n == 0 and x.shape[-1] >= 4 * n))
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        offset = jnp.broadcast_to(bias[None] + jnp.asarray(shift, jnp.float32), (len(x), channels))
+        groups = next(n for n in (8, 4, 2, 1) if n == 1 or (channels % n == 0 and channels >= 4 * n))
 
         def normalize(group_norm, x, scale, offset):
             return self.activation(group_norm(x.astype(jnp.float32), scale, offset, groups)).astype(self.dtype)
 
         return jax.lax.platform_dependent(
             x, scale[None, None, None], offset[:, None, None],
-            cpu=partial(normalize, cpu.group_norm),
-            default=jax.checkpoint(
-                partial(normalize, group_norm), policy=jax.checkpoint_policies.save_only_these_names("statistics"),
-                prevent_cse=__import__("os").environ.get("CSE", "1") == "1",
-            ),  # x is kept, the rest recomputed: less memory to move
+            cpu=partial(normalize, cpu.group_norm), default=_recomputed(partial(normalize, group_norm)),
         )  # fmt: skip
+
+
+def _recomputed(normalize: Callable) -> Callable:
+    """Keep the input and the statistics for the gradient, and compute the rest again: that moves less memory."""
+    return jax.checkpoint(normalize, policy=jax.checkpoint_policies.save_only_these_names("statistics"))
 
 
 def group_norm(
     x: Float[Array, "B H W C"], scale: Float[Array, "1 1 1 C"], offset: Float[Array, "B 1 1 C"], groups: int
 ) -> Float[Array, "B H W C"]:
-    mean = checkpoint_name(cpu.mean_of_groups(x, groups), "statistics")
-    inverse = checkpoint_name(1 / jnp.sqrt(cpu.mean_of_groups((x - mean) ** 2, groups) + 1e-6), "statistics")
+    """(x - mean) / deviation * scale + offset, with the mean and deviation of each group of channels.
+
+    Both come from one pass over x, as moments about the mean of its first row. That loses at most a factor H of precision,
+    however large the mean, since the row is a part of the data.
+    """
+    batch, _, _, channels = x.shape
+    origin = jax.lax.stop_gradient(x[:, :1].mean((1, 2), keepdims=True))  # the results do not depend on it
+    first, second = (x - origin).mean((1, 2), keepdims=True), ((x - origin) ** 2).mean((1, 2), keepdims=True)
+
+    def over_group(per_channel):
+        return jnp.repeat(per_channel.reshape(batch, 1, 1, groups, -1).mean(-1), channels // groups, -1)
+
+    mean = over_group(origin + first)
+    variance = over_group(second - first**2 + (origin + first - mean) ** 2)
+    mean, inverse = checkpoint_name((mean, 1 / jnp.sqrt(variance + 1e-6)), "statistics")
     slope = scale * inverse
     return x * slope + (offset - mean * slope)
 
@@ -88,7 +103,12 @@ def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array
 
 def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge."""
-    return jax.lax.platform_dependent(x, kernel, cpu=cpu.conv3x3, default=cpu._convolution)
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu.conv3x3, cuda=_convolution_on_cuda, default=cpu.convolution)
+
+
+def _convolution_on_cuda(x, kernel):
+    """With the kernel and its gradient laid out as the optimizer has them: cuDNN's own layout would spread to the state."""
+    return cpu.convolution(x, with_layout_constraint(kernel, Layout((0, 1, 2, 3))))
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
