@@ -44,8 +44,10 @@ def _(primals, tangents):
 @jax.checkpoint
 def _product_with_tangent(x, dkernel):
     """x @ dkernel."""
-    blocks = x.reshape(-1, _block(math.prod(x.shape[:-1]), BLOCK), x.shape[-1])
-    return _by_blocks(blocks, dkernel).swapaxes(1, 2).reshape(*x.shape[:-1], -1)
+    pixels, (channels, features) = math.prod(x.shape[:-1]), dkernel.shape
+    block = _block(pixels, BLOCK)
+    blocks = x.reshape(pixels // block, block, channels)
+    return _by_blocks(blocks, dkernel).swapaxes(1, 2).reshape(*x.shape[:-1], features)
 
 
 def _by_blocks(blocks: Float[Array, "blocks P C"], dkernel: Float[Array, "C D"]) -> Float[Array, "blocks D P"]:
@@ -80,9 +82,10 @@ def _convolution_with_tangent(x, dkernel):
     """conv3x3(x, dkernel)."""
     batch, height, width, channels = x.shape
     images = _block(batch, max(1, BLOCK // (height * width)))
-    blocks = _rows_gathered(x).reshape(-1, images * height * width, 3 * channels)
-    products = _by_blocks(blocks, _as_matrix(dkernel)).reshape(len(blocks), -1, images, height, width)
-    return _columns_added(products, 1, 4).swapaxes(0, 1).reshape(-1, batch, height, width).transpose(1, 2, 3, 0)
+    features, count = dkernel.shape[-1], batch // images
+    blocks = _rows_gathered(x).reshape(count, images * height * width, 3 * channels)
+    products = _by_blocks(blocks, _as_matrix(dkernel)).reshape(count, 3 * features, images, height, width)
+    return _columns_added(products, 1, 4).swapaxes(0, 1).reshape(features, *x.shape[:3]).transpose(1, 2, 3, 0)
 
 
 def _xla_is_faster(x: Array) -> bool:

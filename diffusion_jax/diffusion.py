@@ -23,7 +23,8 @@ Given both ends, x at an earlier time s < t is Gaussian as well [Ho et al. 2020,
       m = sqrt(alpha_bar_s) beta_{t|s} / (1 - alpha_bar_t)
       w = beta_{t|s} (1 - alpha_bar_s) / (1 - alpha_bar_t)
 
-Arrays are [B, *shape] with any shape; t is [B]. A timestep outside 0..T gives NaN.
+Arrays are [B, *shape] with any shape; t is [B]. A timestep outside 0..T gives NaN. Results have the data's dtype;
+tables are cast to it, or to float32 where it has fewer bits.
 docs/derivation.md has the way to each equation.
 """
 
@@ -33,7 +34,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int, Key
 
 from diffusion_jax.schedules import NoiseSchedule
 
@@ -52,7 +53,7 @@ def q_sample(
     """x_t, the data x_0 noised to time t with the standard normal `eps` of the same shape, else ValueError (eq. 4)."""
     _check_shape("eps", eps, x_0)
     a, s = _signal_and_noise(schedule, t, x_0)
-    return a * x_0 + s * eps
+    return (a * x_0 + s * eps).astype(_float_dtype(x_0))
 
 
 _CONVERSIONS = {  # (from, to): eqs. 6-8
@@ -159,18 +160,18 @@ def _weighted(schedule: NoiseSchedule, weight: Any, t: Array, loss: Array) -> Ar
         return loss
     if np.shape(weight) != (schedule.num_timesteps + 1,):
         raise ValueError(f"weight must have the shape {(schedule.num_timesteps + 1,)}, for t = 0..T, got {np.shape(weight)}")
-    return _as_column(_look_up(weight, t), loss.ndim) * loss
+    return _as_column(look_up(weight, t, loss.dtype), loss.ndim) * loss
 
 
 def _draw(schedule: NoiseSchedule, x_0: Array, keys: Array, probabilities: ArrayLike | None = None) -> tuple[Array, Array]:
     """t of 1..T, uniform or with the `probabilities` given, and eps, for each example."""
     t_keys, eps_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     if probabilities is None:
-        t = jax.vmap(lambda key: jax.random.randint(key, (), 1, schedule.num_timesteps + 1))(t_keys)
+        t = jax.vmap(lambda key: jax.random.randint(key, (), 1, schedule.num_timesteps + 1, jnp.int32))(t_keys)
     else:
         p = jnp.asarray(probabilities, jnp.float32)
-        t = jax.vmap(lambda key: 1 + jax.random.choice(key, len(p), p=p))(t_keys)
-    return t, jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], x_0.dtype))(eps_keys)
+        t = 1 + jax.vmap(lambda key: jax.random.choice(key, len(p), p=p))(t_keys).astype(jnp.int32)
+    return t, jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], _float_dtype(x_0)))(eps_keys)
 
 
 def loss_at(
@@ -216,19 +217,29 @@ def posterior(
     """
     _check_shape("x_0", x_0, x_t)
     times = np.arange(1, schedule.num_timesteps + 1)
-    k, m, w = (_look_up(column, t - 1) for column in posterior_coefficients(schedule, times, times - 1))
+    k, m, w = (look_up(column, t - 1, x_t.dtype) for column in posterior_coefficients(schedule, times, times - 1))
     return _as_column(k, x_t.ndim) * x_t + _as_column(m, x_t.ndim) * x_0, w
 
 
 def _signal_and_noise(schedule: NoiseSchedule, t: Array, x: Array) -> tuple[Array, Array]:
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have the shape {x.shape[:1]}, a timestep for each example, got {t.shape}")
-    a, s = _look_up(schedule.sqrt_alpha_bar, t), _look_up(schedule.sqrt_one_minus_alpha_bar, t)
+    columns = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
+    a, s = (look_up(column, t, _float_dtype(x)) for column in columns)
     return _as_column(a, x.ndim), _as_column(s, x.ndim)
 
 
-def _look_up(table: ArrayLike, t: Array) -> Array:
-    return jnp.asarray(table, float).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+def _float_dtype(x: ArrayLike) -> jnp.dtype:
+    """Of x where it is floating point, in 32 bits unless JAX has 64 enabled; else float32."""
+    dtype = jnp.result_type(x)
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(jnp.float32)
+
+
+def look_up(table: ArrayLike, t: Int[Array, " B"], dtype: DTypeLike = jnp.float32) -> Float[Array, "B *row"]:
+    """table[t], sharded as t is; NaN where t is out of range. A float64 table is cast to `dtype`, float32 at least."""
+    table = jnp.asarray(table, jnp.promote_types(dtype, jnp.float32))
+    sharding = jax.typeof(t).sharding
+    return table.at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharding)
 
 
 def _as_column(per_example: Array, ndim: int) -> Array:

@@ -42,7 +42,8 @@ def inpainting(denoise: Denoise, known: ArrayLike, mask: ArrayLike) -> Denoise:
 
     def replaced(x_t, t):
         output = denoise(x_t, t)
-        x_0_hat = jnp.where(mask, known, with_fraction(output)[0])
+        x_0_hat, _ = with_fraction(output)
+        x_0_hat = jnp.where(mask, jnp.asarray(known, x_0_hat.dtype), x_0_hat)
         _check_shape("the known part", x_0_hat, x_t)
         return with_prediction(output, x_0_hat)
 
@@ -123,5 +124,5 @@ def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: Array
         """sin(part angle) / sin(angle), also where that is 0 / 0."""
         return part * jnp.sinc(part * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)
 
-    share = jnp.asarray(share)
+    share = jnp.asarray(share, angle.dtype)
     return weight(1 - share) * x + weight(share) * y

@@ -63,15 +63,10 @@ class GroupNorm(nn.Module):
         def normalize(group_norm, x, scale, offset):
             return self.activation(group_norm(x.astype(jnp.float32), scale, offset, groups)).astype(self.dtype)
 
-        return jax.lax.platform_dependent(
-            x, scale[None, None, None], offset[:, None, None],
-            cpu=partial(normalize, cpu.group_norm), default=_recomputed(partial(normalize, group_norm)),
-        )  # fmt: skip
-
-
-def _recomputed(normalize: Callable) -> Callable:
-    """Keep the input and the statistics for the gradient, and compute the rest again: that moves less memory."""
-    return jax.checkpoint(normalize, policy=jax.checkpoint_policies.save_only_these_names("statistics"))
+        keep = jax.checkpoint_policies.save_only_these_names("statistics")  # and recompute the rest: that moves less memory
+        default = jax.checkpoint(partial(normalize, group_norm), policy=keep)
+        operands = x, scale[None, None, None], offset[:, None, None]
+        return jax.lax.platform_dependent(*operands, cpu=partial(normalize, cpu.group_norm), default=default)
 
 
 def group_norm(
@@ -92,8 +87,7 @@ def group_norm(
     mean = over_group(origin + first)
     variance = over_group(second - first**2 + (origin + first - mean) ** 2)
     mean, inverse = checkpoint_name((mean, 1 / jnp.sqrt(variance + 1e-6)), "statistics")
-    slope = scale * inverse
-    return x * slope + (offset - mean * slope)
+    return (x - mean) * (scale * inverse) + offset
 
 
 def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array, "... D"]:
@@ -103,12 +97,11 @@ def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array
 
 def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge."""
-    return jax.lax.platform_dependent(x, kernel, cpu=cpu.conv3x3, cuda=_convolution_on_cuda, default=cpu.convolution)
 
+    def on_cuda(x, kernel):  # the kernel's gradient in the optimizer's layout, or cuDNN's layout spreads to the whole state
+        return cpu.convolution(x, with_layout_constraint(kernel, Layout((0, 1, 2, 3))))
 
-def _convolution_on_cuda(x, kernel):
-    """With the kernel and its gradient laid out as the optimizer has them: cuDNN's own layout would spread to the state."""
-    return cpu.convolution(x, with_layout_constraint(kernel, Layout((0, 1, 2, 3))))
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu.conv3x3, cuda=on_cuda, default=cpu.convolution)
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -19,6 +19,8 @@ A network that learns its variance predicts a pair: the target, and f for each o
 is in bits, that is divided by log 2.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +33,9 @@ from diffusion_jax.diffusion import (
     _as_column,
     _check_shape,
     _draw,
-    _look_up,
     _weighted,
     convert,
+    look_up,
     loss_at,
     posterior_coefficients,
     q_sample,
@@ -43,13 +45,13 @@ from diffusion_jax.schedules import NoiseSchedule
 
 BOUND_WEIGHT = 1e-3
 FAR = 1e4  # deviations; infinity has no gradient
-LN2 = float(np.log(2))
+LN2 = math.log(2)
 
 
 def prior_bits(schedule: NoiseSchedule, x_0: Float[Array, "B *shape"]) -> Float[Array, " B"]:
     """L_T, in bits: what is left of the data at t = T (eq. 14)."""
-    a_2, s_2 = schedule.alpha_bar[-1], schedule.sqrt_one_minus_alpha_bar[-1] ** 2
-    nats = (a_2 * x_0**2 + float(s_2 - 1 - np.log(s_2))) / 2
+    a_2, s_2 = float(schedule.alpha_bar[-1]), float(schedule.sqrt_one_minus_alpha_bar[-1] ** 2)
+    nats = (a_2 * x_0**2 + (s_2 - 1 - math.log(s_2))) / 2
     return nats.reshape(len(x_0), -1).sum(1) / LN2
 
 
@@ -113,7 +115,7 @@ def bound_loss(
     x_t = q_sample(schedule, x_0, t, eps)
     prediction, fraction = _pair(predict(x_t, t))
     x_0_hat = convert(schedule, prediction, x_t, t, target_type, "pred_x_0")
-    return _terms(schedule, x_0, x_0_hat, t, fraction) / _as_column(_look_up(probabilities, t - 1), x_0.ndim)
+    return _terms(schedule, x_0, x_0_hat, t, fraction) / _as_column(look_up(probabilities, t - 1, x_0.dtype), x_0.ndim)
 
 
 def importance(schedule: NoiseSchedule) -> Float[np.ndarray, " T"]:
@@ -147,7 +149,7 @@ def _terms(schedule: NoiseSchedule, x_0: Array, x_0_hat: Array, t: Array, fracti
     """L_{t-1} of each element, in bits (eqs. 14-16)."""
     w, m, log_range = _step_tables(schedule)
     columns = (m**2 / w, np.sqrt(w), log_range)
-    error_weight, deviation, log_range = (_as_column(_look_up(column, t - 1), x_0.ndim) for column in columns)
+    error_weight, deviation, log_range = (_as_column(look_up(column, t - 1, x_0.dtype), x_0.ndim) for column in columns)
     delta = log_range * fraction
     divergence = (delta + jnp.expm1(-delta) + jnp.exp(-delta) * error_weight * (x_0 - x_0_hat) ** 2) / 2
     nats = jnp.where(_as_column(t, x_0.ndim) > 1, divergence, -_log_mass(x_0, x_0_hat, deviation * jnp.exp(delta / 2)))

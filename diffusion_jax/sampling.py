@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from diffusion_jax.diffusion import Denoise, _check_choice, posterior_coefficients, with_fraction
 from diffusion_jax.schedules import NoiseSchedule
@@ -126,17 +126,19 @@ def sample(
 ) -> Float[Array, "B *shape"]:
     """One x_0 of `shape` for each key, in memory that does not grow with the number of steps (eq. 11).
 
-    The walk begins at `start`, an x_t at the table's first t, or else at standard normal noise. Sample i depends on keys[i] and
+    The walk begins at `start`, an x_t at the table's first t, whose dtype the samples keep, or else at standard normal float32
+    noise. Sample i depends on keys[i] and
     start[i] alone, whatever the batch size and the device count. The loop ends at the table's end or at its first row of t = 0,
     so it has no reverse-mode gradient; `sample_trajectory` has. Raises ValueError on a `start` of another shape or of integers.
     """
     begin = _start(keys, shape, start)
+    table = _cast(table, begin)
 
     def step(carry):
         number, state = carry
-        return number + 1, _step(denoise, jax.tree.map(lambda column: jnp.asarray(column)[number], table), state, keys, number)
+        return number + 1, _step(denoise, jax.tree.map(lambda column: column[number], table), state, keys, number)
 
-    going_on = lambda carry: (carry[0] < len(table.t)) & (jnp.asarray(table.t)[carry[0]] > 0)  # noqa: E731
+    going_on = lambda carry: (carry[0] < len(table.t)) & (table.t[carry[0]] > 0)  # noqa: E731
     return jax.lax.while_loop(going_on, step, (0, (begin, jnp.zeros_like(begin))))[1][0]
 
 
@@ -158,23 +160,29 @@ def sample_trajectory(
         return carry, carry[0]
 
     begin = _start(keys, shape, start)
-    _, path = jax.lax.scan(step, (begin, jnp.zeros_like(begin)), (jnp.arange(len(table.t)), table))
+    _, path = jax.lax.scan(step, (begin, jnp.zeros_like(begin)), (jnp.arange(len(table.t)), _cast(table, begin)))
     return jnp.concatenate([begin[None], path])[::-1]
 
 
 def _step(denoise: Denoise, row: Any, carry: tuple[Array, Array], keys: Array, number: Array) -> tuple[Array, Array]:
     """From (x_t, x_0_hat_before) to (x_s, x_0_hat)."""
     x_t, x_0_hat_before = carry
-    x_0_hat, fraction = with_fraction(denoise(x_t, jnp.full(len(x_t), row.t)))
+    x_0_hat, fraction = with_fraction(denoise(x_t, jnp.full(len(x_t), row.t, jnp.int32)))
     deviation = row.c * jnp.exp(row.r * fraction)
-    noise = _normal(keys, number + 1, x_t.shape[1:])
+    noise = _normal(keys, number + 1, x_t.shape[1:], row.c.dtype)
     x_s = row.a * x_t + row.b * x_0_hat + deviation * noise + row.d * x_0_hat_before
     return x_s.astype(x_t.dtype), x_0_hat.astype(x_t.dtype)
 
 
+def _cast(table: SamplerTable, x: Array) -> SamplerTable:
+    """In x's dtype, or float32 where that has fewer bits."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return SamplerTable(jnp.asarray(table.t, jnp.int32), *(jnp.asarray(column, dtype) for column in table[1:]))
+
+
 def _start(keys: Array, shape: tuple[int, ...], start: Array | None) -> Array:
     if start is None:
-        return _normal(keys, 0, shape)
+        return _normal(keys, 0, shape, jnp.float32)
     if start.shape != (len(keys), *shape):
         raise ValueError(f"start must have the shape {(len(keys), *shape)}, got {start.shape}")
     if not jnp.issubdtype(start.dtype, jnp.floating):
@@ -182,6 +190,6 @@ def _start(keys: Array, shape: tuple[int, ...], start: Array | None) -> Array:
     return start
 
 
-def _normal(keys: Array, number: int | Array, shape: tuple[int, ...]) -> Array:
+def _normal(keys: Array, number: int | Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """The noise of the step of that number, from 1 on; 0 stands for the noise that sampling begins with."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape, dtype))(keys)

@@ -38,6 +38,11 @@ class UNet(nn.Module):
     def __call__(
         self, x_t: Float[Array, "B H W C"], t: Int[Array, " B"], labels: Int[Array, " B"] | None = None
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
+        sharding = jax.typeof(x_t).sharding
+        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:  # then XLA shards what is inside
+            apply = jax.sharding.auto_axes(self.clone(parent=None).apply, out_sharding=sharding)
+            return apply(self.variables, x_t, t, labels)
+
         block = lambda features, name: ResidualBlock(features, self.dtype, name=name)  # noqa: E731
         dense = lambda features, name: Dense(features, self.dtype, name=name)  # noqa: E731
         widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
@@ -116,7 +121,7 @@ class SelfAttention(nn.Module):
         # In float32, since jax 0.12.0 aborts on bfloat16 attention on a CPU.
         qkv = nn.DenseGeneral((3, heads, channels // heads), dtype=self.dtype, name="qkv")(h).astype(jnp.float32)
         h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        h = Dense(channels, self.dtype, name="out")(h.reshape(batch, height, width, channels))
+        h = Dense(channels, self.dtype, name="out")(h.reshape(x.shape))
         return x + h
 
 

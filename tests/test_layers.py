@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
-from diffusion_jax.layers import BLOCK, GroupNorm, conv3x3, matmul, silu
+from diffusion_jax import UNet, cpu
+from diffusion_jax.layers import GroupNorm, conv3x3, group_norm, matmul, silu
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -59,7 +61,7 @@ def test_convolution_and_its_gradients_are_those_of_xla_in_float32(shape, dtype,
 
 
 @VARIANTS
-@pytest.mark.parametrize("pixels", [(), (1,), (7,), (3, BLOCK), (2, 32, 48), (2003,)])
+@pytest.mark.parametrize("pixels", [(), (1,), (7,), (3, cpu.BLOCK), (2, 32, 48), (2003,)])
 def test_gradients_of_a_product(pixels, variant):
     x, kernel, g = normal(0, *pixels, 5), normal(1, 5, 7), normal(2, *pixels, 7)
     y, dx, dkernel = variant(value_and_gradients(matmul))(x, kernel, g)
@@ -85,23 +87,35 @@ def test_gradients_are_the_same_on_four_devices():
     assert_close(together, jax.grad(loss)(kernel, x))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+BOTH_PLATFORMS = pytest.mark.parametrize("platform", ["cpu", "default"])
+
+
+def run_as_on(platform, monkeypatch):
+    """Run the branch of `platform` in what is traced from here on."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, **branches: branches[platform](*operands))
+
+
+@BOTH_PLATFORMS
 @pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 1), (8, 2), (16, 4), (32, 8), (48, 8)])
-def test_group_norm_and_its_gradients_are_those_of_flax(channels, groups, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_group_norm_and_its_gradients_are_those_of_flax(channels, groups, platform, monkeypatch):
+    run_as_on(platform, monkeypatch)
     x, shift, g = 2 + 3 * normal(0, 2, 4, 6, channels), normal(3, 2, channels), normal(4, 2, 4, 6, channels)
     params = {"scale": normal(1, channels), "bias": normal(2, channels)}
     flax_norm = lambda params, x: nn.GroupNorm(groups, use_fast_variance=False).apply({"params": params}, x)  # noqa: E731
-    assert_close(GroupNorm().apply({"params": params}, x), flax_norm(params, x))
-    actual = jax.vjp(lambda params, x, shift: GroupNorm().apply({"params": params}, x, shift), params, x, shift)
+    norm = GroupNorm(jnp.float32)
+    assert_close(norm.apply({"params": params}, x), flax_norm(params, x))
+    actual = jax.vjp(lambda params, x, shift: norm.apply({"params": params}, x, shift), params, x, shift)
     expected = jax.vjp(lambda params, x, shift: flax_norm(params, x) + shift[:, None, None], params, x, shift)
     jax.tree.map(assert_close, (actual[0], actual[1](g)), (expected[0], expected[1](g)))
 
 
-def test_the_gradient_of_group_norm_survives_a_large_mean():
-    x, g = 1000 + 3 * normal(0, 4, 8, 8, 8), normal(1, 4, 8, 8, 8)
+@BOTH_PLATFORMS
+@pytest.mark.parametrize("first_row", [1000.0, 0.0])
+def test_the_gradient_of_group_norm_survives_a_large_mean(first_row, platform, monkeypatch):
+    run_as_on(platform, monkeypatch)
+    x, g = (1000 + 3 * normal(0, 4, 8, 8, 8)).at[:, 0, :, :].add(first_row - 1000), normal(1, 4, 8, 8, 8)
     params = {"scale": normal(2, 8), "bias": normal(3, 8)}
-    actual = jax.vjp(lambda params, x: GroupNorm().apply({"params": params}, x), params, x)[1](g)
+    actual = jax.vjp(lambda params, x: GroupNorm(jnp.float32).apply({"params": params}, x), params, x)[1](g)
     with jax.enable_x64(True):
         wide = nn.GroupNorm(2, use_fast_variance=False, dtype=jnp.float64)
         params, x, g = jax.tree.map(lambda value: jnp.asarray(np.asarray(value), jnp.float64), (params, x, g))
@@ -113,8 +127,9 @@ def test_the_gradient_of_group_norm_survives_a_large_mean():
 def test_group_norm_has_float32_statistics_of_bfloat16_images():
     x = 4 + normal(0, 2, 32, 32, 8, dtype="bfloat16")
     params = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}
-    y = GroupNorm().apply({"params": params}, x)
+    y = GroupNorm(jnp.float32).apply({"params": params}, x)
     assert y.dtype == jnp.float32
+    assert GroupNorm(jnp.bfloat16).apply({"params": params}, x).dtype == jnp.bfloat16
     assert_close(y, nn.GroupNorm(2, use_fast_variance=False).apply({"params": params}, jnp.float32(x)))
 
 
@@ -126,3 +141,53 @@ def test_silu_and_its_gradient():
     np.testing.assert_allclose(silu(x.astype("bfloat16")).astype(float), silu(x), rtol=0.02, atol=1e-5)
     slope = sigmoid * (1 + wide * (1 - sigmoid))
     np.testing.assert_allclose(jax.vmap(jax.grad(silu))(x), slope, rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_of_a_convolution_by_hand():
+    """f = (w x)^2 at x = 1, w = 2: (df/dx)^2 = 4 w^4 x^2 slopes 8 w^4 x and 16 w^3 x^2; (df/dw)^2 = 4 w^2 x^4, 8 w x^4."""
+    x, kernel = jnp.ones((1, 1, 1, 1)), jnp.zeros((3, 3, 1, 1)).at[1, 1].set(2.0)
+    energy = lambda x, kernel: (conv3x3(x, kernel) ** 2).sum()  # noqa: E731
+    penalty = lambda argument: lambda x, kernel: (jax.grad(energy, argument)(x, kernel) ** 2).sum()  # noqa: E731
+    assert jax.grad(penalty(0), 0)(x, kernel).item() == 128
+    assert jax.grad(penalty(0), 1)(x, kernel)[1, 1].item() == 128
+    assert jax.grad(penalty(1), 1)(x, kernel)[1, 1].item() == 16
+
+
+LAYERS = {
+    "convolution": (cpu.conv3x3, ((2, 4, 6, 3), (3, 3, 3, 2))),
+    "small convolution": (cpu.conv3x3, ((2, 4, 4, 3), (3, 3, 3, 2))),
+    "product": (cpu.matmul, ((2, 3, 4), (4, 5))),
+    "normalization": (lambda *operands: cpu.group_norm(*operands, 2), ((2, 3, 4, 8), (1, 1, 1, 8), (2, 1, 1, 8))),
+    "normalization elsewhere": (lambda *operands: group_norm(*operands, 2), ((2, 3, 4, 8), (1, 1, 1, 8), (2, 1, 1, 8))),
+    "silu": (silu, ((7,),)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_derivatives_of_second_order_in_both_modes(name):
+    layer, shapes = LAYERS[name]
+    with jax.enable_x64(True):
+        operands = [normal(seed, *shape, dtype="float64") for seed, shape in enumerate(shapes)]
+        check_grads(
+            jax.jit(lambda *operands: jnp.sin(layer(*map(jnp.asarray, operands)))), operands, order=2, modes=["fwd", "rev"]
+        )
+
+
+def test_a_gradient_penalty_on_a_unet_does_not_depend_on_the_platform(monkeypatch):
+    network = UNet(1, 4, (1,))
+    x_t, t = normal(0, 2, 6, 6, 1), jnp.array([1, 7])
+    leaves, structure = jax.tree.flatten(jax.eval_shape(network.init, jax.random.key(0), x_t, t))
+    params = jax.tree.unflatten(structure, [0.1 + 0.3 * normal(seed, *x.shape) for seed, x in enumerate(leaves)])
+
+    def derivatives(params, x_t):
+        """Of a gradient penalty, and along x_t."""
+        predict = lambda x_t: network.apply(params, x_t, t)  # noqa: E731
+        penalty = lambda params, x_t: (  # noqa: E731
+            jax.grad(lambda x_t: (network.apply(params, x_t, t) ** 2).mean())(x_t) ** 2
+        ).sum()
+        return jax.grad(penalty, (0, 1))(params, x_t), jax.jvp(predict, (x_t,), (x_t,))[1]
+
+    actual = jax.jit(derivatives)(params, x_t)
+    run_as_on("default", monkeypatch)
+    expected = jax.jit(lambda *operands: derivatives(*operands))(params, x_t)
+    jax.tree.map(assert_close, actual, expected)
