@@ -62,7 +62,7 @@ def _by_blocks(blocks: Float[Array, "blocks P C"], dkernel: Float[Array, "C D"])
 @jax.custom_jvp
 def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge."""
-    return convolution(x, kernel) if _xla_is_faster(x) else _columns_added(_rows_gathered(x) @ _as_matrix(kernel))
+    return _convolution(x, kernel) if _xla_is_faster(x) else _columns_added(_rows_gathered(x) @ _as_matrix(kernel))
 
 
 @conv3x3.defjvp
@@ -70,8 +70,8 @@ def _(primals, tangents):
     (x, kernel), (dx, dkernel) = primals, tangents
     if _xla_is_faster(x):
         turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-        y = convolution(x, kernel)
-        (along_x,) = jax.linear_transpose(lambda g: convolution(g, turned), y)(dx)  # its transpose is that convolution again
+        y = _convolution(x, kernel)
+        (along_x,) = jax.linear_transpose(lambda g: _convolution(g, turned), y)(dx)  # its transpose is that convolution again
     else:
         y, along_x = conv3x3(x, kernel), _columns_added(_rows_concatenated(dx) @ _as_matrix(kernel))
     return y, along_x + _convolution_with_tangent(x, dkernel)
@@ -92,7 +92,7 @@ def _xla_is_faster(x: Array) -> bool:
     return x.dtype != jnp.bfloat16 and x.shape[1] * x.shape[2] > SMALL_IMAGE
 
 
-def convolution(x: Array, kernel: Array) -> Array:
+def _convolution(x: Array, kernel: Array) -> Array:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 

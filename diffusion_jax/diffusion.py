@@ -34,7 +34,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from diffusion_jax.schedules import NoiseSchedule
 
@@ -160,7 +160,7 @@ def _weighted(schedule: NoiseSchedule, weight: Any, t: Array, loss: Array) -> Ar
         return loss
     if np.shape(weight) != (schedule.num_timesteps + 1,):
         raise ValueError(f"weight must have the shape {(schedule.num_timesteps + 1,)}, for t = 0..T, got {np.shape(weight)}")
-    return _as_column(look_up(weight, t, loss.dtype), loss.ndim) * loss
+    return _as_column(look_up(weight, t, loss), loss.ndim) * loss
 
 
 def _draw(schedule: NoiseSchedule, x_0: Array, keys: Array, probabilities: ArrayLike | None = None) -> tuple[Array, Array]:
@@ -217,7 +217,7 @@ def posterior(
     """
     _check_shape("x_0", x_0, x_t)
     times = np.arange(1, schedule.num_timesteps + 1)
-    k, m, w = (look_up(column, t - 1, x_t.dtype) for column in posterior_coefficients(schedule, times, times - 1))
+    k, m, w = (look_up(column, t - 1, x_t) for column in posterior_coefficients(schedule, times, times - 1))
     return _as_column(k, x_t.ndim) * x_t + _as_column(m, x_t.ndim) * x_0, w
 
 
@@ -225,7 +225,7 @@ def _signal_and_noise(schedule: NoiseSchedule, t: Array, x: Array) -> tuple[Arra
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have the shape {x.shape[:1]}, a timestep for each example, got {t.shape}")
     columns = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
-    a, s = (look_up(column, t, _float_dtype(x)) for column in columns)
+    a, s = (look_up(column, t, x) for column in columns)
     return _as_column(a, x.ndim), _as_column(s, x.ndim)
 
 
@@ -235,9 +235,9 @@ def _float_dtype(x: ArrayLike) -> jnp.dtype:
     return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(jnp.float32)
 
 
-def look_up(table: ArrayLike, t: Int[Array, " B"], dtype: DTypeLike = jnp.float32) -> Float[Array, "B *row"]:
-    """table[t], sharded as t is; NaN where t is out of range. A float64 table is cast to `dtype`, float32 at least."""
-    table = jnp.asarray(table, jnp.promote_types(dtype, jnp.float32))
+def look_up(table: ArrayLike, t: Int[Array, " B"], like: ArrayLike) -> Float[Array, " B"]:
+    """table[t] in the dtype of `like`, of 32 bits at least, and sharded as t is; NaN where t is out of range."""
+    table = jnp.asarray(table, jnp.promote_types(_float_dtype(like), jnp.float32))
     sharding = jax.typeof(t).sharding
     return table.at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharding)
 

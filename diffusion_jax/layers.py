@@ -97,11 +97,23 @@ def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array
 
 def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge."""
+    on_cuda = lambda x, kernel: _convolution(x, _row_major_gradient(kernel))  # noqa: E731
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu.conv3x3, cuda=on_cuda, default=_convolution)
 
-    def on_cuda(x, kernel):  # the kernel's gradient in the optimizer's layout, or cuDNN's layout spreads to the whole state
-        return cpu.convolution(x, with_layout_constraint(kernel, Layout((0, 1, 2, 3))))
 
-    return jax.lax.platform_dependent(x, kernel, cpu=cpu.conv3x3, cuda=on_cuda, default=cpu.convolution)
+def _convolution(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@jax.custom_jvp
+def _row_major_gradient(kernel):
+    """`kernel`. Its gradient is laid out as the parameters are: cuDNN's own layout would spread to the optimizer's state."""
+    return kernel
+
+
+@_row_major_gradient.defjvp
+def _(primals, tangents):
+    return *primals, with_layout_constraint(*tangents, Layout((0, 1, 2, 3)))
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -115,7 +115,7 @@ def bound_loss(
     x_t = q_sample(schedule, x_0, t, eps)
     prediction, fraction = _pair(predict(x_t, t))
     x_0_hat = convert(schedule, prediction, x_t, t, target_type, "pred_x_0")
-    return _terms(schedule, x_0, x_0_hat, t, fraction) / _as_column(look_up(probabilities, t - 1, x_0.dtype), x_0.ndim)
+    return _terms(schedule, x_0, x_0_hat, t, fraction) / _as_column(look_up(probabilities, t - 1, x_0), x_0.ndim)
 
 
 def importance(schedule: NoiseSchedule) -> Float[np.ndarray, " T"]:
@@ -149,7 +149,7 @@ def _terms(schedule: NoiseSchedule, x_0: Array, x_0_hat: Array, t: Array, fracti
     """L_{t-1} of each element, in bits (eqs. 14-16)."""
     w, m, log_range = _step_tables(schedule)
     columns = (m**2 / w, np.sqrt(w), log_range)
-    error_weight, deviation, log_range = (_as_column(look_up(column, t - 1, x_0.dtype), x_0.ndim) for column in columns)
+    error_weight, deviation, log_range = (_as_column(look_up(column, t - 1, x_0), x_0.ndim) for column in columns)
     delta = log_range * fraction
     divergence = (delta + jnp.expm1(-delta) + jnp.exp(-delta) * error_weight * (x_0 - x_0_hat) ** 2) / 2
     nats = jnp.where(_as_column(t, x_0.ndim) > 1, divergence, -_log_mass(x_0, x_0_hat, deviation * jnp.exp(delta / 2)))

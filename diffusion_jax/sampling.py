@@ -187,7 +187,7 @@ def _start(keys: Array, shape: tuple[int, ...], start: Array | None) -> Array:
         raise ValueError(f"start must have the shape {(len(keys), *shape)}, got {start.shape}")
     if not jnp.issubdtype(start.dtype, jnp.floating):
         raise ValueError(f"start must be of floating point, got {start.dtype}")
-    return start
+    return jnp.asarray(start)
 
 
 def _normal(keys: Array, number: int | Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

@@ -52,6 +52,17 @@ def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
 
 def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: Key[Array, ""]) -> Callable:
     """step(state, number) -> (state, metrics), on all devices, with the data set kept on them as bytes."""
+    step = training_step(config, schedule, key)
+    compiled = dj.over_devices(step, (None, None, None, 0, 0), None, jax.devices(), donate_argnums=(0,))
+    images, labels = replicate((data.images, data.labels.astype(np.int32)), jax.devices())
+    examples = jnp.arange(config.batch_size, dtype=jnp.int32)
+    return lambda state, number: compiled(
+        state, images, labels, batch_indices(config.seed, number, config.batch_size, len(data.images)), examples
+    )
+
+
+def training_step(config: Config, schedule: dj.NoiseSchedule, key: Key[Array, ""]) -> Callable:
+    """step(state, images, labels, indices, examples, mean_over_devices) -> (state, metrics), of the examples at the indices."""
     weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
     losses = {
         "hybrid": partial(dj.hybrid_loss, weight=weight),
@@ -74,12 +85,7 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
             loss_fn=loss_fn, ema_decay=config.ema_decay, mean_over_devices=mean_over_devices,
         )  # fmt: skip
 
-    compiled = dj.over_devices(step, (None, None, None, 0, 0), None, jax.devices(), donate_argnums=(0,))
-    images, labels = replicate((data.images, data.labels.astype(np.int32)), jax.devices())
-    examples = jnp.arange(config.batch_size)
-    return lambda state, number: compiled(
-        state, images, labels, batch_indices(config.seed, number, config.batch_size, len(data.images)), examples
-    )
+    return step
 
 
 def apply_to(config: Config, params: PyTree, labels: Array | None) -> Predict:
