@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -38,6 +38,7 @@ class Options:
     """A folder for the results."""
     reference: str | None = None
     """A clone of the original, with its src/ folder; without it only this project is measured."""
+    dataset: Literal["mnist", "digits"] = "mnist"
     data_dir: str | None = None
     """A TFDS directory with MNIST; by default TFDS's own."""
     budget: float = 480.0
@@ -100,6 +101,11 @@ class Bench:
             command, env=os.environ | self.environment | (environment or {}), stdout=self.log, stderr=self.log
         )
 
+    def data(self) -> list[str]:
+        """The options of mnist.py for the data."""
+        folder = self.options.data_dir
+        return ["--dataset", self.options.dataset, *(["--data-dir", folder] if folder else [])]
+
     def run(self, *command: Any) -> float:
         """The seconds that a script takes."""
         begin, process = time.monotonic(), self.script(*command)
@@ -148,11 +154,10 @@ def sampling(bench: Bench, workers: list[Worker], tasks: list[tuple[int, int]]) 
 
 
 def recipe(bench: Bench) -> None:
-    """experiments/mnist.py --preset paper, from its start to its figure. The training step's program is in the cache by then."""
+    """experiments/mnist.py --preset paper, from its start to its figure; the training step is compiled by then."""
     options, workdir = bench.options, bench.scratch / "recipe"
-    data = ["--data-dir", options.data_dir] if options.data_dir else []
     size = ["--embed-dim", options.embed_dim, "--batch-size", options.batch_size, "--iterations", options.iterations]
-    seconds = bench.run("mnist.py", "--preset", "paper", "--precision", "bfloat16", "--workdir", workdir, *data, *size)
+    seconds = bench.run("mnist.py", "--preset", "paper", "--precision", "bfloat16", "--workdir", workdir, *bench.data(), *size)
     loss = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True)["loss"]
     bench.results["recipe"] = {"seconds": seconds, "loss of the last 100 steps": float(loss[-100:].mean())}
     for name in ("figure.png", "training.png"):
@@ -184,13 +189,13 @@ def deterministic(bench: Bench) -> None:
 
 def resumed(bench: Bench) -> None:
     """A small run that is killed and continued, against one that is not: the largest difference of its losses."""
-    data = ["--dataset", "mnist", "--data-dir", bench.options.data_dir] if bench.options.data_dir else ["--dataset", "digits"]
-    small = ["--preset", "paper", "--embed-dim", 16, "--batch-size", 64, "--num-timesteps", 50, *data]
-    small += ["--iterations", 400, "--checkpoint-every", 100, "--sample-every", 0]
+    steps = min(400, 10 * bench.options.iterations)
+    small = ["--preset", "paper", "--embed-dim", 8, "--batch-size", 64, "--num-timesteps", 50, *bench.data()]
+    small += ["--iterations", steps, "--checkpoint-every", steps // 4, "--sample-every", 0]
     whole, killed = bench.scratch / "whole", bench.scratch / "killed"
     bench.run("mnist.py", *small, "--workdir", whole)
     process = bench.script("mnist.py", *small, "--workdir", killed)
-    while process.poll() is None and not list(killed.glob("checkpoints/[12]00")) and bench.left() > 0:
+    while process.poll() is None and not list(killed.glob(f"checkpoints/{steps // 4}")) and bench.left() > 0:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -111,7 +111,7 @@ def plot(file: Path, results: dict[str, Any]) -> None:
             range(len(ticks)), values, color=["tab:orange" if tick.startswith("ours") else "tab:gray" for tick in ticks]
         )
         axis.set_yticks(range(len(ticks)), ticks)
-        axis.bar_label(bars, fmt="{:,.3g}", padding=3)
+        axis.bar_label(bars, [f"{value:,.0f}" if value > 100 else f"{value:.3g}" for value in values], padding=3)
         axis.invert_yaxis()
         axis.set_xlabel(title)
         axis.margins(x=0.12)

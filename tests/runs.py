@@ -17,6 +17,8 @@ from diffusion_jax.checkpoints import open_checkpoints, restore_latest
 
 EXPERIMENTS = Path(dj.__file__).parent.parent / "experiments"
 COMPILED_ONCE = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+FLAGS = "--xla_backend_optimization_level=0"
+ENVIRONMENT = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"} | COMPILED_ONCE
 TINY = ["--dataset", "digits", "--embed-dim", "4", "--dim-scales", "1", "2", "--batch-size", "8", "--num-timesteps", "12"]
 TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", "--num-samples", "5", "--ema-decay", "0.9"]
 
@@ -24,8 +26,8 @@ TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", 
 def start(
     script: str, *args: object, devices: int = 1, redirection: str = "", cwd: Path | None = None, **environment: str
 ) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | COMPILED_ONCE | environment
+    flags = f"--xla_force_host_platform_device_count={devices} {FLAGS}"
+    environment = ENVIRONMENT | {"XLA_FLAGS": flags} | environment
     command = [sys.executable, str(EXPERIMENTS / script), *map(str, args)]
     output = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up, and the script would wait for ever  # noqa: SIM115
     if redirection:
