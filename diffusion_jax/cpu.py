@@ -130,11 +130,13 @@ def _rows_concatenated(dx):
 def _columns_added(products: Array, channel_axis: int = 3, column_axis: int = 2) -> Array:
     """The sum of column w - 1 of the first third of the channels, w of the second and w + 1 of the last."""
     products, size = jax.lax.optimization_barrier(products), products.shape[channel_axis] // 3
-    thirds = [(-j * size, (j - 2) * size) for j in range(3)]
-    if products.dtype == jnp.bfloat16:
+    if products.dtype == jnp.bfloat16:  # the transpose is a concatenation, in float32 a faster sum of padded copies
         columns = jnp.split(products, 3, channel_axis)
-        return sum(_padded(column, {column_axis: (1 - j, j - 1)}) for j, column in enumerate(columns))
-    return sum(_padded(products, {channel_axis: thirds[j], column_axis: (1 - j, j - 1)}) for j in range(3))
+        first, second, third = (_padded(column, {column_axis: (1 - j, j - 1)}) for j, column in enumerate(columns))
+    else:
+        cuts = [{channel_axis: (-j * size, (j - 2) * size), column_axis: (1 - j, j - 1)} for j in range(3)]
+        first, second, third = (_padded(products, cut) for cut in cuts)
+    return first + second + third
 
 
 def _block(count: int, most: int) -> int:

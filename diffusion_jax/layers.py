@@ -113,7 +113,7 @@ def _row_major_gradient(kernel):
 
 @_row_major_gradient.defjvp
 def _(primals, tangents):
-    return *primals, with_layout_constraint(*tangents, Layout((0, 1, 2, 3)))
+    return *primals, with_layout_constraint(tangents[0], Layout((0, 1, 2, 3)))
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

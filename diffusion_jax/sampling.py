@@ -174,10 +174,10 @@ def _step(denoise: Denoise, row: Any, carry: tuple[Array, Array], keys: Array, n
     return x_s.astype(x_t.dtype), x_0_hat.astype(x_t.dtype)
 
 
-def _cast(table: SamplerTable, x: Array) -> SamplerTable:
-    """In x's dtype, or float32 where that has fewer bits."""
+def _cast(table: SamplerTable, x: Array) -> Any:
+    """The table in x's dtype, or in float32 where that has fewer bits."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return SamplerTable(jnp.asarray(table.t, jnp.int32), *(jnp.asarray(column, dtype) for column in table[1:]))
+    return jax.tree.map(lambda column: jnp.asarray(column, dtype), table)._replace(t=jnp.asarray(table.t, jnp.int32))
 
 
 def _start(keys: Array, shape: tuple[int, ...], start: Array | None) -> Array:

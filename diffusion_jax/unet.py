@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -39,8 +40,8 @@ class UNet(nn.Module):
         self, x_t: Float[Array, "B H W C"], t: Int[Array, " B"], labels: Int[Array, " B"] | None = None
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
         sharding = jax.typeof(x_t).sharding
-        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:  # then XLA shards what is inside
-            apply = jax.sharding.auto_axes(self.clone(parent=None).apply, out_sharding=sharding)
+        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:  # let XLA shard what is inside
+            apply: Any = jax.sharding.auto_axes(self.clone(parent=None).apply, out_sharding=sharding)
             return apply(self.variables, x_t, t, labels)
 
         block = lambda features, name: ResidualBlock(features, self.dtype, name=name)  # noqa: E731

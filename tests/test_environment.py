@@ -14,7 +14,7 @@ import pytest
 from coins import draw_coins
 from mixture import draw_mixture
 from processes import join_processes
-from runs import EXPERIMENTS, TINY, assert_same_run, finish, run, start, wait_for
+from runs import EXPERIMENTS, TINY, assert_same_run, final_state, finish, run, start, wait_for
 
 import diffusion_jax as dj
 
@@ -30,6 +30,13 @@ def test_no_variable_changes_the_random_numbers(trained, tmp_path):
     run("sample.py", *common, "--num-samples", "5", "--out", tmp_path / "five.npy")
     finish(start("sample.py", *common, "--num-samples", "3", "--out", tmp_path / "three.npy", **OTHER_RANDOM_NUMBERS))
     np.testing.assert_allclose(np.load(tmp_path / "three.npy"), np.load(tmp_path / "five.npy")[:3], atol=1e-5)
+
+
+def test_64_bits_enabled_change_a_run_by_rounding_alone(trained, tmp_path):
+    finish(start("mnist.py", *TINY, "--workdir", tmp_path / "run", JAX_ENABLE_X64="1"))
+    for one, other in zip(*(jax.tree.leaves(final_state(folder)) for folder in (tmp_path / "run", trained)), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
