@@ -62,7 +62,7 @@ class Bench:
 
     def __init__(self, options: Options):
         self.options, self.deadline, self.out = options, time.monotonic() + options.budget, Path(options.out)
-        self.results: dict[str, Any] = {"options": dataclasses.asdict(options), "left out": {}, "training": {}}
+        self.results: dict[str, Any] = {"options": dataclasses.asdict(options), "left out": {}, "training": {}, "exactness": {}}
         self.out.mkdir(parents=True, exist_ok=True)
         self.log = (self.out / "log.txt").open("w")
         self.scratch = Path(tempfile.mkdtemp())
@@ -125,9 +125,15 @@ def rates(bench: Bench, machine: Worker) -> None:
 def training(bench: Bench, workers: list[Worker], rounds: int = 3) -> None:
     """Training steps of all workers, in turn; the first steps, which compile, at the same time."""
     fresh = [worker for worker in workers if worker.name not in bench.results["training"]]
+    firsts = {}
     for worker in fresh:
         worker.tell("train")
-    firsts = {worker.name: worker.answer() for worker in fresh}
+    for worker in fresh:
+        try:
+            firsts[worker.name] = worker.answer()
+        except RuntimeError as problem:  # the others go on
+            bench.results["left out"][worker.name] = str(problem)
+    workers = [worker for worker in workers if worker.name in firsts or worker.name in bench.results["training"]]
     steps = bench.options.steps
     for worker in workers:
         worker.ask(f"train {steps}")
@@ -138,9 +144,8 @@ def training(bench: Bench, workers: list[Worker], rounds: int = 3) -> None:
     for worker in workers:
         row = bench.results["training"].setdefault(worker.name, {"seconds": [], "batch": bench.options.batch_size})
         row["seconds"] += times[worker.name]
-        row |= {"memory": worker.ask("memory"), "flops": worker.ask("flops")}
         if worker.name in firsts:
-            row["first step"] = firsts[worker.name]
+            row |= {"first step": firsts[worker.name], "memory": worker.ask("memory"), "flops": worker.ask("flops")}
 
 
 def sampling(bench: Bench, workers: list[Worker], tasks: list[tuple[int, int]]) -> None:
@@ -166,6 +171,8 @@ def recipe(bench: Bench) -> None:
 
 def samples(bench: Bench) -> None:
     """Samples of the recipe's network, with 50 calls."""
+    if "recipe" not in bench.results:
+        raise RuntimeError("there is no recipe to draw from")
     count = ["--sampling-timesteps", 50, "--num-samples", bench.options.num_samples]
     seconds = bench.run("sample.py", "--workdir", bench.scratch / "recipe", *count, "--out", bench.out / "samples.npy")
     bench.results["recipe"] |= {"samples": bench.options.num_samples, "seconds of sampling": seconds}
@@ -173,7 +180,7 @@ def samples(bench: Bench) -> None:
 
 def repeated(bench: Bench, ours: Worker) -> None:
     """The largest difference between two runs of the same steps in one process."""
-    bench.results.setdefault("exactness", {})["twice in one process"] = ours.ask("difference 20")
+    bench.results["exactness"]["twice in one process"] = ours.ask("difference 20")
 
 
 def deterministic(bench: Bench) -> None:
@@ -198,7 +205,8 @@ def resumed(bench: Bench) -> None:
     while process.poll() is None and not list(killed.glob(f"checkpoints/{steps // 4}")) and bench.left() > 0:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    if process.wait() != -signal.SIGKILL:
+        raise RuntimeError(f"the run to be killed ended by itself with status {process.returncode}")
     bench.run("mnist.py", *small, "--workdir", killed)
     one, other = (np.genfromtxt(run / "metrics.csv", delimiter=",", names=True)["loss"] for run in (whole, killed))
     bench.results["exactness"]["killed and resumed, losses"] = float(np.abs(one - other).max())

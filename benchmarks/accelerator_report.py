@@ -46,7 +46,7 @@ def as_markdown(results: dict[str, Any]) -> list[str]:
             "",
             "Published recipe: " + ", ".join(f"{name} {value:.4g}" for name, value in results["recipe"].items()) + ".",
         ]
-    if "exactness" in results:
+    if results["exactness"]:
         lines += ["", "Exactness: " + ", ".join(f"{name} {value:.3g}" for name, value in results["exactness"].items()) + "."]
     lines += ["", "Left out: " + ("; ".join(f"{name} ({why})" for name, why in results["left out"].items()) or "nothing") + "."]
     return lines

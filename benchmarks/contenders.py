@@ -259,7 +259,7 @@ def in_torch(
         "sample": timed(sample) if hasattr(model, "sample") else lambda *_: None,
         "matmul": timed(lambda: (square @ square, wait())),
         "flops": flops,
-        "memory": lambda: torch.cuda.max_memory_reserved() if device == "cuda" else memory_of_process(),
+        "memory": lambda: torch.cuda.max_memory_allocated() if device == "cuda" else memory_of_process(),
     }
 
 

@@ -41,7 +41,12 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     out = Path(options.out)
-    shutil.rmtree(out, ignore_errors=True)
+    data, source = Path(options.data_dir) / "mnist", Path(options.reference) / "src"
+    for folder in (data, source):
+        if not folder.is_dir():
+            sys.exit(f"error: {folder} must be a folder")
+    if out.exists():
+        sys.exit(f"error: --out must be a new folder, got {out}")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17)] + [
         "--platform=manylinux2014_x86_64"
@@ -50,8 +55,8 @@ def main() -> None:
     names = [name for name in PACKAGES if name not in PURE]
     subprocess.run([*pip, "download", "--quiet", "--no-deps", *target, "--dest", out / "wheels", *names], check=True)
     subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", out / "wheels", *PURE], check=True)
-    shutil.copytree(Path(options.data_dir) / "mnist", out / "data" / "mnist")
-    shutil.copytree(Path(options.reference) / "src", out / "reference" / "src")
+    shutil.copytree(data, out / "data" / "mnist")
+    shutil.copytree(source, out / "reference" / "src")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 2**20
     print(f"{out}: {size:.1f} MiB")
     if size > MEGABYTES:

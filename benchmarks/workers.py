@@ -26,7 +26,10 @@ class Worker:
 
     def tell(self, task: str) -> None:
         """Start a task, so that several contenders can prepare at the same time. `answer` waits for it."""
-        print(task, file=self.process.stdin, flush=True)
+        try:
+            print(task, file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            raise RuntimeError(f"{self.name} stopped with status {self.process.wait()}") from None
 
     def answer(self) -> Any:
         """The answer to the oldest open task. Raises RuntimeError if the contender failed or has run out of time."""
@@ -39,10 +42,7 @@ class Worker:
         return answer
 
     def ask(self, task: str) -> Any:
-        try:
-            self.tell(task)
-        except BrokenPipeError:
-            raise RuntimeError(f"{self.name} stopped with status {self.process.wait()}") from None
+        self.tell(task)
         return self.answer()
 
     def close(self) -> None:

@@ -28,7 +28,8 @@ from diffusion_jax.training import TrainState
 CHECKSUMS = "checksums.json"
 UNFINISHED = ".orbax-checkpoint-tmp*"
 MISREAD = set("*?[]\\")  # Orbax takes a path for a glob pattern, TensorStore a backslash for a slash
-_UNDER_WAY: dict[str, tuple[int, PyTree]] = {}  # for each folder the step that is being saved, and what it has to hold
+_UNDER_WAY: weakref.WeakKeyDictionary[ocp.CheckpointManager, dict[int, PyTree]] = weakref.WeakKeyDictionary()
+"""The step that each manager is saving, and what it has to hold."""
 
 
 def open_checkpoints(directory: str | Path) -> ocp.CheckpointManager:
@@ -42,16 +43,17 @@ def open_checkpoints(directory: str | Path) -> ocp.CheckpointManager:
     path = _link_to(directory) if MISREAD & set(str(directory)) else directory
     loss = lambda metrics: metrics["loss"]  # noqa: E731
     best = BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-    this_process = jax.process_index()
+    this_process, under_way = jax.process_index(), {}
     options = ocp.CheckpointManagerOptions(
         create=False,
         preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
         best_fn=loss,
         best_mode="min",
         multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=this_process, active_processes={this_process}),
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=partial(_certify, path)),
+        async_options=ocp.options.AsyncOptions(post_finalization_callback=partial(_certify, path, under_way)),
     )
     checkpoints = ocp.CheckpointManager(path, item_handlers=ocp.StandardCheckpointHandler(), options=options)
+    _UNDER_WAY[checkpoints] = under_way
     if path != directory:
         weakref.finalize(checkpoints, shutil.rmtree, path.parent)
     return checkpoints
@@ -67,7 +69,8 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, loss: float | No
         metrics = None if loss is None else {"loss": loss}
         arrays = jax.device_get(_arrays(state))
         checkpoints.wait_until_finished()
-        _UNDER_WAY[str(checkpoints.directory)] = step, arrays
+        _UNDER_WAY[checkpoints].clear()
+        _UNDER_WAY[checkpoints][step] = arrays
         checkpoints.save(step, args=ocp.args.StandardSave(arrays), metrics=metrics)
 
 
@@ -119,21 +122,23 @@ def _first_line(problem: Exception) -> str:
 
 def _link_to(directory: Path) -> Path:
     """A path to `directory` that Orbax and TensorStore read as it is. Raises ValueError if there is none."""
+    if MISREAD & set(tempfile.gettempdir()):
+        characters = " ".join(sorted(MISREAD))
+        raise ValueError(f"TMPDIR must not contain any of {characters} when --workdir does, got {tempfile.gettempdir()}")
     link = Path(tempfile.mkdtemp()) / "checkpoints"
-    if MISREAD & set(str(link)):
-        raise ValueError(f"TMPDIR must be free of {' '.join(sorted(MISREAD))} where a run's folder is not, got {link.parent}")
     link.symlink_to(directory)
     return link
 
 
-def _certify(directory: Path) -> None:
+def _certify(directory: Path, under_way: dict[int, PyTree]) -> None:
     """Read the save under way back, and write its checksums, while its folder still has its temporary name.
 
     Raises OSError if it does not hold what it has to: Orbax then never gives it its final name.
     """
-    step, arrays = _UNDER_WAY.pop(str(directory))
+    step, arrays = under_way.popitem() if under_way else ("*", None)  # of a save that is not by `save`
     folder = max(directory.glob(f"{step}{UNFINISHED}"), key=lambda folder: folder.stat().st_mtime)
-    _read_back(folder, arrays)
+    if arrays is not None:
+        _read_back(folder, arrays)
     _write_checksums(folder)
 
 

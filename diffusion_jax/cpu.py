@@ -1,7 +1,7 @@
 """Layers as XLA:CPU runs them fast. Delete this file and its uses in layers.py, and everything else stays the same.
 
-XLA:CPU multiplies matrices at the machine's rate, but runs the gradient of a convolution at a fourth of it, and also that of a
-product with respect to its kernel, since it contracts over the pixels, which are not contiguous. So here
+XLA:CPU multiplies matrices at the machine's rate. It runs convolution gradients, and the gradient of a matrix product with
+respect to its kernel, at a fourth of that rate, because these sum over pixels, which are not contiguous. So here
 
   - the kernel's gradient of a product first transposes the gradient of its output in memory, in blocks of pixels that fit a
     core's cache;
@@ -10,7 +10,7 @@ product with respect to its kernel, since it contracts over the pixels, which ar
         y[h, w] = sum_j (sum_i x[h+i-1, w+j-1] M[i, j])     gather three rows, multiply, add up three columns
 
     XLA's own convolution is faster for y and the input's gradient in float32 on images larger than 4x4;
-  - barriers keep a normalization from computing once a pixel what it needs once a channel.
+  - barriers keep a normalization from recomputing per-channel values for every pixel.
 
 Each function has a `jax.custom_jvp` whose tangent is made of linear operations, chosen so that their transposes, which are the
 gradients, are fast. So derivatives of any order exist, in forward and reverse mode. `jax.checkpoint` keeps the input instead of
@@ -101,7 +101,7 @@ def _as_matrix(kernel: Array) -> Array:
 
 
 def _padded(x: Array, padding: dict[int, tuple[int, int]]) -> Array:
-    """x with so many zeros before and after it on each axis of `padding`, or without so many elements where negative."""
+    """x padded with (before, after) zeros on each axis of `padding`; negative counts crop."""
     return jax.lax.pad(x, jnp.zeros((), x.dtype), [(*padding.get(axis, (0, 0)), 0) for axis in range(x.ndim)])
 
 
@@ -180,5 +180,5 @@ def _mean_and_inverse(x, groups):
 def mean_of_groups(x: Float[Array, "B H W C"], groups: int) -> Float[Array, "B 1 1 C"]:
     """The mean over the pixels and the channels of a group, for each of its channels."""
     batch, _, _, channels = x.shape
-    means = x.mean((1, 2), keepdims=True).reshape(batch, 1, 1, groups, -1).mean(-1)
+    means = x.mean((1, 2), keepdims=True).reshape(batch, 1, 1, groups, channels // groups).mean(-1)
     return jnp.repeat(means, channels // groups, -1)

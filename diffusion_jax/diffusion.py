@@ -23,8 +23,8 @@ Given both ends, x at an earlier time s < t is Gaussian as well [Ho et al. 2020,
       m = sqrt(alpha_bar_s) beta_{t|s} / (1 - alpha_bar_t)
       w = beta_{t|s} (1 - alpha_bar_s) / (1 - alpha_bar_t)
 
-Arrays are [B, *shape] with any shape; t is [B]. A timestep outside 0..T gives NaN. Results have the data's dtype;
-tables are cast to it, or to float32 where it has fewer bits.
+Arrays are [B, *shape] with any shape; t is [B]. A timestep outside 0..T gives NaN. Results have the data's
+dtype, losses and variances at least float32; tables are cast to it, but at least to float32.
 docs/derivation.md has the way to each equation.
 """
 
@@ -85,7 +85,7 @@ def convert(
     if from_type == to_type:
         return prediction
     a, s = _signal_and_noise(schedule, t, x_t)
-    return _CONVERSIONS[from_type, to_type](x_t, prediction, a, s)
+    return _CONVERSIONS[from_type, to_type](x_t, prediction, a, s).astype(jnp.result_type(x_t, prediction))
 
 
 def make_denoiser(
@@ -194,7 +194,7 @@ def loss_at(
     target = {"pred_x_0": x_0, "pred_eps": eps, "pred_v": a * eps - s * x_0}[target_type]
     prediction, _ = with_fraction(predict(q_sample(schedule, x_0, t, eps), t))
     _check_shape("prediction", prediction, x_0)
-    error = prediction - target
+    error = (prediction - target).astype(jnp.promote_types(_float_dtype(target), jnp.float32))
     return error**2 / 2 if loss_type == "l2" else jnp.abs(error)
 
 
@@ -218,7 +218,8 @@ def posterior(
     _check_shape("x_0", x_0, x_t)
     times = np.arange(1, schedule.num_timesteps + 1)
     k, m, w = (look_up(column, t - 1, x_t) for column in posterior_coefficients(schedule, times, times - 1))
-    return _as_column(k, x_t.ndim) * x_t + _as_column(m, x_t.ndim) * x_0, w
+    mean = _as_column(k, x_t.ndim) * x_t + _as_column(m, x_t.ndim) * x_0
+    return mean.astype(_float_dtype(x_t)), w
 
 
 def _signal_and_noise(schedule: NoiseSchedule, t: Array, x: Array) -> tuple[Array, Array]:

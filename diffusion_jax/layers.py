@@ -63,7 +63,8 @@ class GroupNorm(nn.Module):
         def normalize(group_norm, x, scale, offset):
             return self.activation(group_norm(x.astype(jnp.float32), scale, offset, groups)).astype(self.dtype)
 
-        keep = jax.checkpoint_policies.save_only_these_names("statistics")  # and recompute the rest: that moves less memory
+        # Recomputing everything else in the backward pass moves less memory.
+        keep = jax.checkpoint_policies.save_only_these_names("statistics")
         default = jax.checkpoint(partial(normalize, group_norm), policy=keep)
         operands = x, scale[None, None, None], offset[:, None, None]
         return jax.lax.platform_dependent(*operands, cpu=partial(normalize, cpu.group_norm), default=default)
@@ -82,10 +83,10 @@ def group_norm(
     first, second = (x - origin).mean((1, 2), keepdims=True), ((x - origin) ** 2).mean((1, 2), keepdims=True)
 
     def over_group(per_channel):
-        return jnp.repeat(per_channel.reshape(batch, 1, 1, groups, -1).mean(-1), channels // groups, -1)
+        return jnp.repeat(per_channel.reshape(batch, 1, 1, groups, channels // groups).mean(-1), channels // groups, -1)
 
     mean = over_group(origin + first)
-    variance = over_group(second - first**2 + (origin + first - mean) ** 2)
+    variance = over_group(jnp.maximum(second - first**2, 0) + (origin + first - mean) ** 2)
     mean, inverse = checkpoint_name((mean, 1 / jnp.sqrt(variance + 1e-6)), "statistics")
     return (x - mean) * (scale * inverse) + offset
 

@@ -51,6 +51,7 @@ LN2 = math.log(2)
 def prior_bits(schedule: NoiseSchedule, x_0: Float[Array, "B *shape"]) -> Float[Array, " B"]:
     """L_T, in bits: what is left of the data at t = T (eq. 14)."""
     a_2, s_2 = float(schedule.alpha_bar[-1]), float(schedule.sqrt_one_minus_alpha_bar[-1] ** 2)
+    x_0 = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
     nats = (a_2 * x_0**2 + (s_2 - 1 - math.log(s_2))) / 2
     return nats.reshape(len(x_0), -1).sum(1) / LN2
 

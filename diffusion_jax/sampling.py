@@ -126,10 +126,10 @@ def sample(
 ) -> Float[Array, "B *shape"]:
     """One x_0 of `shape` for each key, in memory that does not grow with the number of steps (eq. 11).
 
-    The walk begins at `start`, an x_t at the table's first t, whose dtype the samples keep, or else at standard normal float32
-    noise. Sample i depends on keys[i] and
-    start[i] alone, whatever the batch size and the device count. The loop ends at the table's end or at its first row of t = 0,
-    so it has no reverse-mode gradient; `sample_trajectory` has. Raises ValueError on a `start` of another shape or of integers.
+    The walk begins at `start`, an x_t at the table's first t, or at standard normal float32 noise. Samples have start's dtype.
+    Sample i depends on keys[i] and start[i] alone, whatever the batch size and the device count. The loop ends at the table's
+    end or at its first row of t = 0, so it has no reverse-mode gradient; `sample_trajectory` has. Raises ValueError on a
+    `start` of another shape or of integers.
     """
     begin = _start(keys, shape, start)
     table = _cast(table, begin)

@@ -40,9 +40,12 @@ class UNet(nn.Module):
         self, x_t: Float[Array, "B H W C"], t: Int[Array, " B"], labels: Int[Array, " B"] | None = None
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
         sharding = jax.typeof(x_t).sharding
-        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:  # let XLA shard what is inside
-            apply: Any = jax.sharding.auto_axes(self.clone(parent=None).apply, out_sharding=sharding)
-            return apply(self.variables, x_t, t, labels)
+        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
+            if not self.is_initializing():  # let XLA shard what is inside
+                apply: Any = jax.sharding.auto_axes(self.clone(parent=None).apply, out_sharding=sharding)
+                return apply(self.variables, x_t, t, labels)
+            x_t, t = jnp.zeros(x_t.shape, x_t.dtype), jnp.zeros(t.shape, t.dtype)  # parameters depend on shapes alone
+            labels = None if labels is None else jnp.zeros(labels.shape, labels.dtype)
 
         block = lambda features, name: ResidualBlock(features, self.dtype, name=name)  # noqa: E731
         dense = lambda features, name: Dense(features, self.dtype, name=name)  # noqa: E731

@@ -2,8 +2,7 @@
 
 python experiments/folder.py --folder ~/pictures --size 32
 
-Links are followed. Hidden files and folders, and those of thumbnails and trash, are not taken. Of files that cannot be read up
-to 5% are left out, with a warning.
+Follows links. Skips hidden files, thumbnails and trash, and up to 5% of unreadable files with a warning.
 """
 
 import terminal  # isort: skip  # noqa: F401

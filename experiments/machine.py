@@ -27,14 +27,14 @@ def prepare_machine() -> None:
 
 
 def only_cpus() -> bool:
-    """Whether JAX will run on a CPU, asked without starting it."""
-    if jax.config.jax_platforms:
-        return jax.config.jax_platforms == "cpu"
+    """Whether JAX will run on a CPU, asked without starting it: it has no plugin for anything else, or is told so."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
     return not importlib.metadata.entry_points(group="jax_plugins") and not importlib.util.find_spec("libtpu")
 
 
 def why_no_device() -> str | None:
-    """What JAX says where it finds no device, for example of the platform that JAX_PLATFORMS names."""
+    """The reason why JAX finds no device, or None."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as problem:  # the latter, without a word, where a platform's plugin is not installed

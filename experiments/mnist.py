@@ -174,6 +174,7 @@ def main() -> None:
     draw_path = make_sampler(config, schedule, dj.sample_trajectory)
     path = draw_path(state.ema_params, table, sample_key, labels)
     real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples])))
+    wrote = ["figure.png", "denoising.gif"]
     with one_line_if_unwritable(workdir), failing_together():
         if is_first_process():
             save_noise_figure(workdir / "figure.png", real, path)
@@ -182,9 +183,9 @@ def main() -> None:
                 metrics = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True, ndmin=1)
                 learning_rate = dj.cosine_decay(config.learning_rate, config.iterations, config.warmup)
                 save_training_figure(workdir / "training.png", metrics, learning_rate)
+                wrote.append("training.png")
     if is_first_process():
-        names = [name for name in ("figure.png", "denoising.gif", "training.png") if (workdir / name).exists()]
-        print(f"wrote {', '.join(names)} in {workdir}")
+        print(f"wrote {', '.join(wrote)} in {workdir}")
 
 
 def fingerprint(config: Config, data: ImageData) -> int:

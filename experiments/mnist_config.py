@@ -96,7 +96,7 @@ class Config(Output, Training, Diffusion, Network, Data, Run):
 MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples", "distributed"}
 IMPROVED = {"loss_weighting": "min_snr", "learning_rate": 2e-3, "warmup": 100}
 PRESETS = {
-    "paper": Config(checkpoint_every=500),  # 2 GB each, and 25 seconds apart on an H100
+    "paper": Config(checkpoint_every=500),  # 2 GB each
     "improved": Config(preset="improved", **IMPROVED),
     "small": Config(
         preset="small",

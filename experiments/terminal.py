@@ -1,4 +1,4 @@
-"""What a script's terminal may be: its Ctrl-C and its streams. Each script imports it first: the other imports take seconds."""
+"""Prepares Ctrl-C and the standard streams. Scripts import it before anything slow."""
 
 import contextlib
 import io
@@ -19,7 +19,8 @@ class Messages(io.FileIO):
 
 
 def prepare_terminal() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process at once, even in XLA, without a traceback
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process at once, even in XLA, without a traceback
     for number in range(3):
         try:
             os.fstat(number)
@@ -30,5 +31,6 @@ def prepare_terminal() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-if Path(getattr(sys.modules["__main__"], "__file__", "")).parent.resolve() == Path(__file__).parent.resolve():
+script = getattr(sys.modules["__main__"], "__file__", None)
+if script and Path(script).parent.resolve() == Path(__file__).parent.resolve():
     prepare_terminal()  # only where a script is run, not where a test or a notebook imports one

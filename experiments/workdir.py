@@ -68,7 +68,7 @@ def _check_same_run(workdir: Path, wanted: dict[str, Any], may_differ: Collectio
         if name not in may_differ and saved.get(name) != wanted.get(name):
             flag = f"--{name.replace('_', '-')}"
             known, repeat = (name, "") if name in more else (flag, f"repeat that run's {flag}, or ")
-            fixed = "its learning rate reaches 0 there, so it cannot be trained further; " if name == "iterations" else ""
+            fixed = "its learning rate falls to 0 at that many steps, which cannot change; " if name == "iterations" else ""
             raise ValueError(
                 f"{workdir} holds a run with {known} {saved.get(name)}, and this command has {wanted.get(name)}: "
                 f"{fixed}{repeat}choose another --workdir{' for a run from the start' if fixed else ''}"
@@ -122,6 +122,10 @@ def keep_rows(workdir: Path, count: int) -> None:
             rows[step] = line
     if len(rows) < count:
         warnings.warn(f"{file} lacks rows of steps up to {count}", stacklevel=2)
+    if lines and not header:
+        aside = file.with_suffix(f".damaged.{time.time():.0f}")
+        os.rename(file, aside)
+        warnings.warn(f"{file} has no line that names its columns: moved to {aside.name}", stacklevel=2)
     file.with_suffix(".new").write_text("".join([header, *rows.values()]) if rows else "")
     os.replace(file.with_suffix(".new"), file)
 

@@ -44,6 +44,12 @@ def test_results_have_the_dtype_of_the_data(dtype):
         assert {name: str(value.dtype) for name, value in results(dtype).items()} == dict.fromkeys(results(dtype), dtype)
 
 
+def test_16_bit_data_has_results_of_its_dtype_and_losses_of_float32():
+    dtypes = {name: str(value.dtype) for name, value in results("bfloat16").items()}
+    of_data = {"q_sample", "convert", "posterior", "samples", "trajectory", "inpainting", "spherical"}
+    assert dtypes == {name: "bfloat16" if name in of_data else "float32" for name in dtypes}
+
+
 def test_64_bits_enabled_change_no_result_of_float32_data():
     plain = results("float32")
     with jax.enable_x64(True):

@@ -92,7 +92,8 @@ BOTH_PLATFORMS = pytest.mark.parametrize("platform", ["cpu", "default"])
 
 def run_as_on(platform, monkeypatch):
     """Run the branch of `platform` in what is traced from here on."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, **branches: branches[platform](*operands))
+    run = lambda *operands, **branches: branches.get(platform, branches["default"])(*operands)  # noqa: E731
+    monkeypatch.setattr(jax.lax, "platform_dependent", run)
 
 
 @BOTH_PLATFORMS
@@ -173,7 +174,8 @@ def test_derivatives_of_second_order_in_both_modes(name):
         )
 
 
-def test_a_gradient_penalty_on_a_unet_does_not_depend_on_the_platform(monkeypatch):
+@pytest.mark.parametrize("platform", ["default", "cuda"])
+def test_a_gradient_penalty_on_a_unet_does_not_depend_on_the_platform(platform, monkeypatch):
     network = UNet(1, 4, (1,))
     x_t, t = normal(0, 2, 6, 6, 1), jnp.array([1, 7])
     leaves, structure = jax.tree.flatten(jax.eval_shape(network.init, jax.random.key(0), x_t, t))
@@ -188,6 +190,6 @@ def test_a_gradient_penalty_on_a_unet_does_not_depend_on_the_platform(monkeypatc
         return jax.grad(penalty, (0, 1))(params, x_t), jax.jvp(predict, (x_t,), (x_t,))[1]
 
     actual = jax.jit(derivatives)(params, x_t)
-    run_as_on("default", monkeypatch)
+    run_as_on(platform, monkeypatch)
     expected = jax.jit(lambda *operands: derivatives(*operands))(params, x_t)
     jax.tree.map(assert_close, actual, expected)

@@ -55,6 +55,8 @@ def assert_same(actual, expected):
 def test_jit_on_a_mesh(params, axis_type):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(axis_type,))
     sharded = jax.device_put(inputs(), NamedSharding(mesh, P("batch")))
+    made = jax.eval_shape(NETWORK.init, jax.random.key(0), *sharded[:2], sharded[1] % 3)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
     actual = jax.jit(results)(params, *sharded)
     assert actual[0]["samples"].sharding.spec == P("batch", None, None, None) or axis_type == AxisType.Auto
     assert_same(actual, jax.jit(results)(params, *inputs()))
