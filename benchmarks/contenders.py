@@ -4,12 +4,12 @@ It answers each line with one line of JSON:
 
     train [N] | forward | sample COUNT STEPS | matmul    the seconds that it took, the device's work included
     flops                                                of one forward pass, counted in the layers
+    lowered                                              XLA's count of a training step for CUDA, before it optimizes anything
     memory                                               the most bytes held: of the device's memory, or of the process on a CPU
     difference N                                         the largest difference of parameters after N training steps, made twice
     rates                                                of the machine: products and additions, and bytes of memory, a second
 """
 
-import contextlib
 import importlib
 import json
 import math
@@ -101,12 +101,20 @@ def ours(options: dict, precision: str, products: str | None = None) -> Contende
         layers = jax.make_jaxpr(lambda params: network.apply({"params": params}, x_t, t))
         return flops_of(layers(state.params).jaxpr)
 
+    def lowered() -> dict[str, float]:
+        whole = partial(mnist.training_step(config, schedule, train_key), mean_over_devices=lambda tree: tree)
+        indices = jnp.zeros(options["batch_size"], jnp.int32)
+        traced = jax.jit(whole).trace(state, images, np.zeros(len(images), np.int32), indices, indices)
+        count = traced.lower(lowering_platforms=("cuda",)).cost_analysis()
+        return {name: count[name] for name in ("flops", "bytes accessed")}
+
     return {
         "train": timed(train),
         "forward": timed(lambda: apply(state.params, x_t, t).block_until_ready()),
         "sample": timed(sample),
         "matmul": timed(lambda: multiply(square, square).block_until_ready()),
         "flops": flops,
+        "lowered": lowered,
         "memory": memory,
         "difference": difference,
     }
@@ -156,111 +164,10 @@ def machine(options: dict) -> Contender:
     return {"rates": rates}
 
 
-def original(options: dict, tuned: bool = True, mode: str | None = None, autocast: bool = False) -> Contender:
-    """The original PyTorch code, trained as its examples/ex_mnist_simple.py does."""
-    sys.path.insert(0, options["reference"])
-    from src.blocks import UNet
-    from src.simple.diffusion import DiffusionModel, DiffusionModelConfig
+def pytorch(options: dict, name: str, **how: Any) -> Contender:
+    import contenders_torch
 
-    network = UNet(1, options["embed_dim"], CHANNELS)
-    make = lambda network: DiffusionModel(  # noqa: E731
-        nn_module=network,
-        input_shape=(1, SIDE, SIDE),
-        config=DiffusionModelConfig(num_timesteps=T, target_type="pred_x_0", gamma_type="ddpm"),
-    )
-    return in_torch(options, network, make, tuned, mode, autocast)
-
-
-def diffusers(options: dict) -> Contender:
-    """diffusers' UNet2DModel of the nearest size, with a squared error; timed for its rate alone."""
-    import torch
-    from diffusers import UNet2DModel
-
-    network = UNet2DModel(
-        sample_size=SIDE,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=tuple(options["embed_dim"] * scale for scale in CHANNELS),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D",) * 4,
-        up_block_types=("UpBlock2D",) * 4,
-    )
-
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.nn_module = lambda x, t: network(x, t).sample
-            self.network = network
-
-        def loss(self, x):
-            return (self.nn_module(x, 1) - x) ** 2
-
-    return in_torch(options, network, lambda _: Model(), tuned=True)
-
-
-def in_torch(
-    options: dict, network: Any, make_model: Callable, tuned: bool, mode: str | None = None, autocast: bool = False
-) -> Contender:
-    """`tuned` is in channels_last, with TF32 and cuDNN's search on a GPU, and with freed memory kept on a CPU.
-
-    `mode` is that of torch.compile.
-    """
-    import torch
-    from machine import keep_freed_memory
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if tuned:
-        keep_freed_memory()
-        torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
-    torch.manual_seed(0)
-    layout = torch.channels_last if tuned else torch.contiguous_format
-    network = network.to(memory_format=layout)
-    model = make_model(torch.compile(network, mode=mode, dynamic=False) if mode else network).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    data = torch.rand(60_000, 1, SIDE, SIDE, device=device) * 2 - 1
-    x = data[: options["batch_size"]].contiguous(memory_format=layout)
-    t = torch.ones(options["batch_size"], dtype=torch.int64, device=device)
-    square = torch.randn(MATMUL, MATMUL, dtype=torch.bfloat16 if autocast else torch.float32, device=device)
-    cast = partial(torch.autocast, device, torch.bfloat16) if autocast else contextlib.nullcontext
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def train(steps: int = 1) -> None:
-        model.train()
-        for _ in range(steps):
-            batch = data[torch.randint(len(data), (options["batch_size"],), device=device)].contiguous(memory_format=layout)
-            optimizer.zero_grad()
-            with cast():
-                loss = model.loss(batch).mean()
-            loss.backward()
-            optimizer.step()
-        wait()
-
-    def forward() -> None:
-        model.eval()
-        with torch.no_grad(), cast():
-            model.nn_module(x, t)
-        wait()
-
-    def sample(count: int, steps: int) -> None:
-        model.eval()
-        with torch.no_grad(), cast():
-            model.sample(count, device, steps)
-        wait()
-
-    def flops() -> int:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network.eval()(x, t)
-        return counter.get_total_flops()
-
-    return {
-        "train": timed(train),
-        "forward": timed(forward),
-        "sample": timed(sample) if hasattr(model, "sample") else lambda *_: None,
-        "matmul": timed(lambda: (square @ square, wait())),
-        "flops": flops,
-        "memory": lambda: torch.cuda.max_memory_allocated() if device == "cuda" else memory_of_process(),
-    }
+    return getattr(contenders_torch, name)(options, **how)
 
 
 CONTENDERS = {
@@ -268,13 +175,13 @@ CONTENDERS = {
     "ours, float32": partial(ours, precision="float32", products="highest"),
     "ours, TF32": partial(ours, precision="float32"),
     "ours, bfloat16": partial(ours, precision="bfloat16"),
-    "original, as it is": partial(original, tuned=False),
-    "original, tuned": original,
-    "original, tuned, torch.compile": partial(original, mode="default"),
-    "original, tuned, bfloat16": partial(original, autocast=True),
-    "original, tuned, torch.compile, bfloat16": partial(original, mode="default", autocast=True),
-    "original, tuned, CUDA graphs, bfloat16": partial(original, mode="reduce-overhead", autocast=True),
-    "diffusers UNet2DModel, tuned": diffusers,
+    "original, as it is": partial(pytorch, name="original", tuned=False),
+    "original, tuned": partial(pytorch, name="original"),
+    "original, tuned, torch.compile": partial(pytorch, name="original", mode="default"),
+    "original, tuned, bfloat16": partial(pytorch, name="original", autocast=True),
+    "original, tuned, torch.compile, bfloat16": partial(pytorch, name="original", mode="default", autocast=True),
+    "original, tuned, CUDA graphs, bfloat16": partial(pytorch, name="original", mode="reduce-overhead", autocast=True),
+    "diffusers UNet2DModel, tuned": partial(pytorch, name="diffusers"),
 }
 
 
