@@ -153,7 +153,7 @@ def _read_back(folder: Path, arrays: PyTree) -> None:
     for (path, one), other in zip(jax.tree.leaves_with_path(arrays), jax.tree.leaves(found), strict=True):
         if np.asarray(one).tobytes() != np.asarray(other).tobytes():
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise OSError(errno.EIO, f"{folder.name} reads back another {name} than was saved")
+            raise OSError(errno.EIO, f"{folder.name}: {name} differs from what was saved")
 
 
 def _write_checksums(folder: Path) -> None:

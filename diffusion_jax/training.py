@@ -24,7 +24,7 @@ class TrainState(train_state.TrainState):
 
 def create_train_state(apply_fn: Callable, params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step. The average is a copy, so that both may be donated."""
-    # jnp.result_type makes weak types strong and, without x64, NumPy's float64 float32: as each step leaves them
+    # result_type removes weak types, and float64 where x64 is off, so that the first step does not retrace.
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
     ema_params = jax.tree.map(jnp.copy, params)
     state = TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer, ema_params=ema_params)
@@ -109,7 +109,7 @@ def over_devices(
         in_axes=in_axes,
         out_axes=out_axes,
         devices=devices,
-        axis_size=len(devices),  # pmap else requires as many devices in each process
+        axis_size=len(devices),  # without it pmap requires the same number of devices in each process
         donate_argnums=donate_argnums,
     )
 

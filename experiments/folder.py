@@ -39,7 +39,7 @@ SCALED_TO_8_BITS: dict[Any, float] = {
     "L;2": 85,
     "L;4": 17,
     "RGB;16B": 1 / 256,
-}  # by Pillow, which leaves the transparent colour as it was
+}  # Pillow scales these pixels to 8 bits but not the transparent colour
 TARGET_TYPE = "pred_x_0"
 SAMPLING_TIMESTEPS = 50
 

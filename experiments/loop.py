@@ -23,11 +23,11 @@ from diffusion_jax.checkpoints import open_checkpoints, save
 from diffusion_jax.training import TrainState
 
 LOG_EVERY = 10
-LOGGED_AND_RAISED = (
+SAID_ELSEWHERE = (
     "_SignalingThread.run() raised an exception",
     "Commit operations or the Commit callback in background save thread",
     "Save Finalize thread",
-    "Requested `tracked_metric`; did not provide metrics",  # raised by nobody: a save after a signal may have no loss
+    "Requested `tracked_metric`; did not provide metrics",  # as intended: a save after a signal may have no loss
 )
 
 
@@ -105,15 +105,14 @@ def train_in(
 
 
 def keep_failed_saves_quiet() -> None:
-    """A save that fails raises; Orbax need not log it as well. Its other writes end later, when nobody waits for them any more,
-    and each of them would print a traceback."""
+    """Hide Orbax's log of a failed save, whose error is raised, and the tracebacks of its unfinished writes."""
     logging.get_absl_logger().addFilter(is_news)
     report = sys.unraisablehook
     sys.unraisablehook = lambda error: None if is_late_write(error) else report(error)
 
 
 def is_news(record: Any) -> bool:
-    return not any(text in record.getMessage() for text in LOGGED_AND_RAISED)
+    return not any(text in record.getMessage() for text in SAID_ELSEWHERE)
 
 
 def is_late_write(error: Any) -> bool:

@@ -142,7 +142,7 @@ def test_a_save_that_does_not_hold_the_state_is_not_taken_for_one(tmp_path, stat
         monkeypatch.setattr(ocp.args, "StandardSave", changed)
     checkpoints = open_checkpoints(tmp_path)
     save(checkpoints, at(state, 2))
-    with pytest.raises(OSError, match=r"2\.orbax-checkpoint-tmp (cannot be read back|reads back another ema_params)"):
+    with pytest.raises(OSError, match=r"2\.orbax-checkpoint-tmp( cannot be read back|: ema_params.* differs)"):
         checkpoints.close()
     monkeypatch.undo()
     with open_checkpoints(tmp_path) as checkpoints:

@@ -1,4 +1,4 @@
-"""The programs that matter, lowered on this machine for GPUs and TPUs: nothing that is for CPUs gets into them."""
+"""Lowers the main programs for GPU and TPU on this machine and checks that they contain nothing CPU-specific."""
 
 import dataclasses
 import re
