@@ -171,7 +171,7 @@ def _draw(schedule: NoiseSchedule, x_0: Array, keys: Array, probabilities: Array
     else:
         p = jnp.asarray(probabilities, jnp.float32)
         t = 1 + jax.vmap(lambda key: jax.random.choice(key, len(p), p=p))(t_keys).astype(jnp.int32)
-    return t, jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], _float_dtype(x_0)))(eps_keys)
+    return t, jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], jnp.result_type(x_0)))(eps_keys)
 
 
 def loss_at(

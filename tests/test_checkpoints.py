@@ -121,7 +121,7 @@ def test_a_folder_of_any_name_needs_a_place_for_a_link(tmp_path, state, monkeypa
     (tmp_path / "[tmp]").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[tmp]"))
     open_checkpoints(tmp_path / "plain").close()
-    with pytest.raises(ValueError, match=r"TMPDIR must be free of .*, got .*\[tmp\]"):
+    with pytest.raises(ValueError, match=r"TMPDIR must not contain any of .*, got .*\[tmp\]"):
         open_checkpoints(tmp_path / "a*b")
 
 

@@ -206,7 +206,10 @@ def test_schedules_refuses_in_one_line(capsys, monkeypatch, args):
 @pytest.mark.parametrize("iterations", ["9", "7"])
 def test_a_run_with_another_number_of_steps_is_told_why_and_what_to_do(capsys, monkeypatch, trained, iterations):
     line = fails(capsys, monkeypatch, "mnist", *TINY, "--workdir", trained, "--iterations", iterations)
-    assert f"holds a run with --iterations 8, and this command has {iterations}: its learning rate reaches 0 there" in line
+    assert (
+        f"holds a run with --iterations 8, and this command has {iterations}: its learning rate falls to 0 at that many steps"
+        in line
+    )
     assert line.endswith("repeat that run's --iterations, or choose another --workdir for a run from the start")
 
 

@@ -46,7 +46,7 @@ def our_path(name: str, monkeypatch):
     else:
         table = dj.ancestral_table(schedule, variance, S)
     noise = jnp.asarray(REFERENCE[f"noise/{steps}"])
-    monkeypatch.setattr(sampling, "_normal", lambda keys, number, shape: noise[number])
+    monkeypatch.setattr(sampling, "_normal", lambda keys, number, shape, dtype: noise[number])
     denoise = dj.make_denoiser(schedule, predict_at(T), target_type)
     return dj.sample_trajectory(denoise, table, jax.random.split(jax.random.key(0), 3), (2,))
 
