@@ -92,7 +92,7 @@ def warn_of_emulated(precision: str) -> None:
 def keep_freed_memory() -> None:
     """Keep glibc from returning a step's buffers to the system and taking them again: a seventh of a step on a CPU.
 
-    One arena for all threads makes XLA's compilation for a GPU, in many threads, several times slower.
+    Not for GPUs: XLA compiles for them in many threads, which was about twice as slow with these settings.
     """
     if platform.libc_ver()[0] == "glibc":
         for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
