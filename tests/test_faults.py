@@ -40,21 +40,29 @@ def test_killed_at_twenty_random_moments_is_never_killed(tmp_path):
     """In a step, in a save, between two files: whenever it comes, the same command ends with the same bits."""
     run("mnist.py", *LONG, "--workdir", tmp_path / "whole")
     workdir, moments = tmp_path / "killed", random.Random(0)
-    for _ in range(20):
-        process, fewest = start("mnist.py", *LONG, "--workdir", workdir), [10**9]
+    for number in range(20):
+        process, before = start("mnist.py", *LONG, "--workdir", workdir), newest(workdir)
+        fewest = [10**9]
 
         def trains(fewest=fewest):
             """There are more rows than were left after those past the checkpoint had been dropped."""
             fewest[0] = min(fewest[0], rows(workdir))
             return rows(workdir) > fewest[0]
 
-        wait_for(process, trains)
+        def saves(before=before):
+            return newest(workdir) > before
+
+        wait_for(process, saves if number % 2 else trains)  # so that however slow saves are, the run comes on
         time.sleep(moments.uniform(0, 0.5))
         finish_killed(process)
     assert 20 < rows(workdir) < 400
     run("mnist.py", *LONG, "--workdir", workdir)
     assert_same_run(workdir, tmp_path / "whole")
     assert not list(workdir.glob("checkpoints/*.*"))
+
+
+def newest(workdir: Path) -> int:
+    return max((int(folder.name) for folder in workdir.glob("checkpoints/*") if folder.name.isdigit()), default=0)
 
 
 def rows(workdir: Path) -> int:
