@@ -75,7 +75,7 @@ def main() -> None:
 
 def trained(config: mnist.Config, data):
     """The mean loss of the last hundred iterations, and draw(labels, first)."""
-    schedule = mnist.SCHEDULES[config.noise_schedule_type](config.num_timesteps)
+    schedule = mnist.make_schedule(config)
     init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
     state, step = mnist.initial_state(config, init_key), mnist.make_step(config, schedule, data, train_key)
     losses = []

@@ -3,26 +3,35 @@
 from diffusion_jax.diffusion import (
     Denoise,
     convert,
-    diffusion_loss,
-    loss_at,
+    edm_target,
     make_denoiser,
-    min_snr_weight,
+    normalized,
     posterior,
     q_sample,
 )
 from diffusion_jax.editing import encoding_table, guided, inpainting, part_way, resampled, spherical
 from diffusion_jax.likelihood import bound_bits, bound_loss, hybrid_loss, prior_bits
+from diffusion_jax.losses import diffusion_loss, draw_times, loss_at, min_snr_weight, time_density
 from diffusion_jax.mlp import MLP
 from diffusion_jax.sampling import (
     SamplerTable,
     ancestral_table,
     ddim_table,
-    dpm_solver_table,
     padded,
     sample,
     sample_trajectory,
+    sampling_times,
 )
-from diffusion_jax.schedules import NoiseSchedule, cosine_schedule, linear_schedule, schedule_from_beta
+from diffusion_jax.schedules import (
+    NoiseSchedule,
+    cosine_schedule,
+    flow_schedule,
+    linear_schedule,
+    schedule_from_beta,
+    schedule_from_columns,
+    variance_exploding_schedule,
+)
+from diffusion_jax.solvers import deis_table, dpm_solver_table, heun_table, unipc_table
 from diffusion_jax.training import (
     TrainState,
     adam_with_cosine_decay,
@@ -52,17 +61,23 @@ __all__ = [
     "cosine_schedule",
     "create_train_state",
     "ddim_table",
+    "deis_table",
     "diffusion_loss",
     "dpm_solver_table",
+    "draw_times",
+    "edm_target",
     "encoding_table",
     "example_keys",
+    "flow_schedule",
     "guided",
+    "heun_table",
     "hybrid_loss",
     "inpainting",
     "linear_schedule",
     "loss_at",
     "make_denoiser",
     "min_snr_weight",
+    "normalized",
     "over_devices",
     "padded",
     "part_way",
@@ -72,7 +87,12 @@ __all__ = [
     "resampled",
     "sample",
     "sample_trajectory",
+    "sampling_times",
     "schedule_from_beta",
+    "schedule_from_columns",
     "spherical",
+    "time_density",
     "train_step",
+    "unipc_table",
+    "variance_exploding_schedule",
 ]

@@ -1,31 +1,32 @@
-"""The diffusion process as pure functions: noising, what a network may predict, the training loss, the posterior.
+"""The diffusion process as pure functions: noising, what a network may predict, the posterior.
 
-With a = sqrt(alpha_bar_t) and s = sqrt(1 - alpha_bar_t), a^2 + s^2 = 1, noising the data x_0 is affine:
+Noising the data x_0 is affine (eq. 1). A network sees x_t and t and predicts a target, which is affine as well:
 
-    x_t = a x_0 + s eps,  eps ~ N(0, I)                                             (4)  [Ho et al. 2020, eq. 4]
+    x_t = signal_t x_0 + noise_t eps                                                (1)
+    y   = p_t x_0 + q_t eps                                                         (4)
 
-A network sees x_t and t and predicts x_0, eps or the velocity
+    target       p, q
+    pred_x_0     1, 0
+    pred_eps     0, 1                                                               [Ho et al. 2020, eq. 14]
+    pred_v       -noise, signal                                                     [Salimans & Ho 2022, sec. 4]
+    pred_u       -1, 1                                                              [Lipman et al. 2023, eq. 21]
+    edm          noise / (sigma_data n), -sigma_data signal / n, n^2 = noise^2 + sigma_data^2 signal^2
+                                                                                    [Karras et al. 2022, eq. 7, there F]
 
-    v = a eps - s x_0                                                               (5)  [Salimans & Ho 2022, sec. 4]
+Given x_t, any target determines x_0, eps and so any other, with det = signal q - noise p:
 
-Given x_t, each of the three determines the others: solving (4) and (5),
+    x_0 = (q x_t - noise y) / det,   eps = (signal y - p x_t) / det                 (5)
 
-    x_0 = (x_t - s eps) / a  =  a x_t - s v                                         (6)
-    eps = (x_t - a x_0) / s  =  s x_t + a v                                         (7)
-    v   = (a x_t - x_0) / s  =  (eps - s x_t) / a                                   (8)
+Given both ends, x at an earlier time s < t is Gaussian as well [Ho et al. 2020, eqs. 6-7, there for s = t - 1], with
+r = signal_t / signal_s:
 
-Training minimizes the distance of the prediction to its target, at t uniform on 1..T [Ho et al. 2020, eq. 14].
-Given both ends, x at an earlier time s < t is Gaussian as well [Ho et al. 2020, eqs. 6-7, there for s = t - 1]:
+    beta_{t|s} = noise_t^2 - r^2 noise_s^2                                          (6)
+    q(x_s | x_t, x_0) = N(k x_t + m x_0, w I)                                       (7)
+      k = r noise_s^2 / noise_t^2,  m = signal_s beta_{t|s} / noise_t^2,  w = beta_{t|s} noise_s^2 / noise_t^2
 
-    beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s                                      (9)
-    q(x_s | x_t, x_0) = N(k x_t + m x_0, w I)                                       (10)
-      k = sqrt(alpha_bar_t / alpha_bar_s) (1 - alpha_bar_s) / (1 - alpha_bar_t)
-      m = sqrt(alpha_bar_s) beta_{t|s} / (1 - alpha_bar_t)
-      w = beta_{t|s} (1 - alpha_bar_s) / (1 - alpha_bar_t)
-
-Arrays are [B, *shape] with any shape; t is [B]. A timestep outside 0..T gives NaN. Results have the data's
-dtype, losses and variances at least float32; tables are cast to it, but at least to float32.
-docs/derivation.md has the way to each equation.
+Arrays are [B, *shape] with any shape; t is [B], whole or real, where between two rows of the schedule its columns are
+linear. A time outside 0..T gives NaN. Results have the data's dtype, losses and variances at least float32; tables are cast
+to it, but at least to float32. docs/derivation.md has the way to each equation.
 """
 
 from collections.abc import Callable
@@ -34,12 +35,15 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from diffusion_jax.schedules import NoiseSchedule
 
-TargetType = Literal["pred_x_0", "pred_eps", "pred_v"]
-LossType = Literal["l2", "l1"]
+TargetType = Literal["pred_x_0", "pred_eps", "pred_v", "pred_u", "edm"]
+SIGMA_DATA = 0.5
+Target = str | Callable[[Any, Any], tuple[Any, Any]]
+"""A `TargetType`, or a function of the schedule's columns: columns(signal, noise) -> (p, q), such as
+`partial(edm_target, sigma_data=1.0)`."""
 Predict = Callable[[Array, Array], Any]
 """A network: predict(x_t, t) -> its target, of x_t's shape; or where it learns its variance, the target and a fraction f
 for each element, by which the variance lies between its bounds in log space [Nichol & Dhariwal 2021, eq. 15]."""
@@ -48,64 +52,99 @@ Denoise = Callable[[Array, Array], Any]
 
 
 def q_sample(
-    schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], t: Int[Array, " B"], eps: Float[Array, "B *shape"]
+    schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], t: Real[Array, " B"], eps: Float[Array, "B *shape"]
 ) -> Float[Array, "B *shape"]:
-    """x_t, the data x_0 noised to time t with the standard normal `eps` of the same shape, else ValueError (eq. 4)."""
-    _check_shape("eps", eps, x_0)
-    a, s = _signal_and_noise(schedule, t, x_0)
-    return (a * x_0 + s * eps).astype(_float_dtype(x_0))
+    """x_t, the data x_0 noised to time t with the standard normal `eps` (eq. 1).
+
+    Raises ValueError unless eps has x_0's shape.
+    """
+    check_shape("eps", eps, x_0)
+    signal, noise = signal_and_noise(schedule, t, x_0)
+    return (signal * x_0 + noise * eps).astype(float_dtype(x_0))
 
 
-_CONVERSIONS = {  # (from, to): eqs. 6-8
-    ("pred_eps", "pred_x_0"): lambda x_t, eps, a, s: (x_t - s * eps) / a,
-    ("pred_v", "pred_x_0"): lambda x_t, v, a, s: a * x_t - s * v,
-    ("pred_x_0", "pred_eps"): lambda x_t, x_0, a, s: (x_t - a * x_0) / s,
-    ("pred_v", "pred_eps"): lambda x_t, v, a, s: s * x_t + a * v,
-    ("pred_x_0", "pred_v"): lambda x_t, x_0, a, s: (a * x_t - x_0) / s,
-    ("pred_eps", "pred_v"): lambda x_t, eps, a, s: (eps - s * x_t) / a,
-}
+def edm_target(signal: Any, noise: Any, sigma_data: float = SIGMA_DATA) -> tuple[Any, Any]:
+    """p and q of the network output F of Karras et al. (2022, eq. 7), for data of the deviation `sigma_data`."""
+    norm = (noise**2 + (sigma_data * signal) ** 2) ** 0.5
+    return noise / (sigma_data * norm), -sigma_data * signal / norm
+
+
+def target_columns(target_type: Target, signal: Any, noise: Any) -> tuple[Any, Any]:
+    """p and q of eq. 4, from the columns of a schedule or their values at some t. Raises ValueError on an unknown type."""
+    if callable(target_type):
+        return target_type(signal, noise)
+    check_choice("target_type", target_type, get_args(TargetType))
+    columns = {"pred_x_0": (1.0, 0.0), "pred_eps": (0.0, 1.0), "pred_v": (-noise, signal), "pred_u": (-1.0, 1.0)}
+    return edm_target(signal, noise) if target_type == "edm" else columns[target_type]
 
 
 def convert(
     schedule: NoiseSchedule,
     prediction: Float[Array, "B *shape"],
     x_t: Float[Array, "B *shape"],
-    t: Int[Array, " B"],
-    from_type: str,
-    to_type: str,
+    t: Real[Array, " B"],
+    from_type: Target,
+    to_type: Target,
 ) -> Float[Array, "B *shape"]:
-    """The same prediction at x_t, told as another target type: "pred_x_0", "pred_eps" or "pred_v" (eqs. 6-8).
+    """The prediction of one target at x_t as the prediction of another (eqs. 4-5).
 
-    At t = 0 x_t is x_0 and says nothing of eps or v, so "pred_x_0" converts to NaN there.
+    NaN or infinite where the first says nothing of the second: x_0 at t = 0 of eps, and eps without signal of x_0.
     Raises ValueError on an unknown type, or unless the prediction has x_t's shape.
     """
-    _check_choice("target_type", from_type, get_args(TargetType))
-    _check_choice("target_type", to_type, get_args(TargetType))
-    _check_shape("prediction", prediction, x_t)
+    check_shape("prediction", prediction, x_t)
+    signal, noise = signal_and_noise(schedule, t, x_t)
+    (p, q), (to_p, to_q) = (target_columns(target_type, signal, noise) for target_type in (from_type, to_type))
     if from_type == to_type:
         return prediction
-    a, s = _signal_and_noise(schedule, t, x_t)
-    return _CONVERSIONS[from_type, to_type](x_t, prediction, a, s).astype(jnp.result_type(x_t, prediction))
+    det = signal * q - noise * p
+    on_x_t, on_prediction = (to_p * q - to_q * p) / det, (signal * to_q - noise * to_p) / det
+    return (on_x_t * x_t + on_prediction * prediction).astype(jnp.result_type(x_t, prediction))
 
 
 def make_denoiser(
-    schedule: NoiseSchedule, predict: Predict, target_type: str = "pred_eps", clip: float | None = None
+    schedule: NoiseSchedule, predict: Predict, target_type: Target = "pred_eps", clip: float | None = None
 ) -> Denoise:
-    """denoise(x_t, t) -> x_0_hat from a network that predicts `target_type` (eq. 6); with f, if the network has it.
+    """denoise(x_t, t) -> x_0_hat from a network that predicts `target_type` (eq. 5); with f, if the network has it.
 
     `clip` bounds x_0_hat to [-clip, clip], in the units of the data; right for images scaled to [-1, 1], and it keeps
-    pred_eps finite where eq. 6 divides by a ~ 1e-4. Raises ValueError on an unknown type or a `clip` that is not positive.
+    pred_eps finite where eq. 5 divides by a signal of 1e-4. Raises ValueError on an unknown type, on a `clip` that is not
+    positive, and where x_0 does not follow from the target at t = T, as from eps on rectified flow.
     """
-    _check_choice("target_type", target_type, get_args(TargetType))
+    check_target(schedule, target_type)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive or None, got {clip}")
 
-    def denoise(x_t: Float[Array, "B *shape"], t: Int[Array, " B"]) -> Any:
+    def denoise(x_t: Float[Array, "B *shape"], t: Real[Array, " B"]) -> Any:
         output = predict(x_t, t)
         x_0_hat = convert(schedule, with_fraction(output)[0], x_t, t, target_type, "pred_x_0")
         return with_prediction(output, x_0_hat if clip is None else jnp.clip(x_0_hat, -clip, clip))
 
     return denoise
+
+
+def check_target(schedule: NoiseSchedule, target_type: Target) -> None:
+    """Raise ValueError unless x_0 follows from the target and x_t at every t = 1..T."""
+    p, q = target_columns(target_type, *schedule)
+    if not isinstance(schedule.signal, jax.core.Tracer) and np.any((schedule.signal * q - schedule.noise * p)[1:] == 0):
+        raise ValueError(f"x_0 does not follow from {target_type} where there is no signal, as at this schedule's t = T")
+
+
+def normalized(schedule: NoiseSchedule, network: Predict, time: str = "t") -> Predict:
+    """The network as predict(x_t, t), where it sees x_t / sqrt(signal^2 + noise^2), of variance 1 if the data are.
+
+    On variance-preserving paths that is x_t itself. With `time` "log_snr" the network is told 2000 / pi arctan(noise / signal)
+    in place of t: a number from 0 to 1000 that the log-SNR determines, so that a network trained on x_0, eps or "edm" can
+    move to another path. Raises ValueError on an unknown `time`.
+    """
+    check_choice("time", time, ("t", "log_snr"))
+    scale = (schedule.signal**2 + schedule.noise**2) ** 0.5
+
+    def predict(x_t: Float[Array, "B *shape"], t: Real[Array, " B"]) -> Any:
+        signal, noise = (look_up(column, t, x_t) for column in schedule)
+        told = t if time == "t" else 2000 / np.pi * jnp.arctan2(noise, signal)
+        return network((x_t / as_column(look_up(scale, t, x_t), x_t.ndim)).astype(x_t.dtype), told)
+
+    return predict
 
 
 def with_fraction(output: Any) -> tuple[Array, Array | float]:
@@ -122,136 +161,66 @@ def with_prediction(output: Any, prediction: Array) -> Any:
     return (prediction, output[1]) if isinstance(output, tuple) else prediction
 
 
-def diffusion_loss(
-    schedule: NoiseSchedule,
-    predict: Predict,
-    x_0: Float[Array, "B *shape"],
-    keys: Key[Array, " B"],
-    target_type: str = "pred_eps",
-    loss_type: str = "l2",
-    weight: Float[np.ndarray, " times"] | None = None,
-) -> Float[Array, "B *shape"]:
-    """The unreduced training loss of each example, at its own t ~ Uniform{1..T} and eps ~ N(0, I) [Ho et al. 2020, eq. 14].
-
-    Each example's t and eps come from its own key, so they do not depend on which batch or device it is in. The loss itself
-    is `loss_at`, times weight[t] of a table over t = 0..T. Raises ValueError on an unknown type or a table of another length.
-    """
-    t, eps = _draw(schedule, x_0, keys)
-    return _weighted(schedule, weight, t, loss_at(schedule, predict, x_0, t, eps, target_type, loss_type))
-
-
-def min_snr_weight(schedule: NoiseSchedule, target_type: str = "pred_eps", cap: float = 5.0) -> Float[np.ndarray, " times"]:
-    """The weights that make a squared loss that of x_0 times min(SNR_t, cap), SNR_t = alpha_bar_t / (1 - alpha_bar_t).
-
-    So small t, where SNR_t is huge and x_0 all but seen, do not take the network from the others [Hang et al. 2023].
-    Raises ValueError on an unknown type or a cap that is not positive.
-    """
-    _check_choice("target_type", target_type, get_args(TargetType))
-    if not cap > 0:
-        raise ValueError(f"cap must be positive, got {cap}")
-    a_2, s_2 = schedule.alpha_bar, schedule.sqrt_one_minus_alpha_bar**2
-    of_v = np.minimum(a_2, cap * s_2)  # the errors of v and eps are that of x_0 times 1 / s_2 and a_2 / s_2
-    with np.errstate(invalid="ignore"):
-        return {"pred_v": of_v, "pred_eps": of_v / a_2, "pred_x_0": np.where(s_2 > 0, of_v / s_2, cap)}[target_type]
-
-
-def _weighted(schedule: NoiseSchedule, weight: Any, t: Array, loss: Array) -> Array:
-    if weight is None:
-        return loss
-    if np.shape(weight) != (schedule.num_timesteps + 1,):
-        raise ValueError(f"weight must have the shape {(schedule.num_timesteps + 1,)}, for t = 0..T, got {np.shape(weight)}")
-    return _as_column(look_up(weight, t, loss), loss.ndim) * loss
-
-
-def _draw(schedule: NoiseSchedule, x_0: Array, keys: Array, probabilities: ArrayLike | None = None) -> tuple[Array, Array]:
-    """t of 1..T, uniform or with the `probabilities` given, and eps, for each example."""
-    t_keys, eps_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    if probabilities is None:
-        t = jax.vmap(lambda key: jax.random.randint(key, (), 1, schedule.num_timesteps + 1, jnp.int32))(t_keys)
-    else:
-        p = jnp.asarray(probabilities, jnp.float32)
-        t = 1 + jax.vmap(lambda key: jax.random.choice(key, len(p), p=p))(t_keys).astype(jnp.int32)
-    return t, jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], jnp.result_type(x_0)))(eps_keys)
-
-
-def loss_at(
-    schedule: NoiseSchedule,
-    predict: Predict,
-    x_0: Float[Array, "B *shape"],
-    t: Int[Array, " B"],
-    eps: Float[Array, "B *shape"],
-    target_type: str = "pred_eps",
-    loss_type: str = "l2",
-) -> Float[Array, "B *shape"]:
-    """The distance of the network's prediction at x_t (eq. 4) to its target, per element and unweighted.
-
-    "l2" is half the squared error, "l1" the absolute error. Raises ValueError on an unknown type, or unless eps and the
-    prediction have x_0's shape.
-    """
-    _check_choice("target_type", target_type, get_args(TargetType))
-    _check_choice("loss_type", loss_type, get_args(LossType))
-    a, s = _signal_and_noise(schedule, t, x_0)
-    target = {"pred_x_0": x_0, "pred_eps": eps, "pred_v": a * eps - s * x_0}[target_type]
-    prediction, _ = with_fraction(predict(q_sample(schedule, x_0, t, eps), t))
-    _check_shape("prediction", prediction, x_0)
-    error = (prediction - target).astype(jnp.promote_types(_float_dtype(target), jnp.float32))
-    return error**2 / 2 if loss_type == "l2" else jnp.abs(error)
-
-
 def posterior_coefficients(
-    schedule: NoiseSchedule, t: Int[np.ndarray, " S"], s: Int[np.ndarray, " S"]
-) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
-    """k, m and w of q(x_s | x_t, x_0) = N(k x_t + m x_0, w I) for 0 <= s < t <= T, in float64 (eq. 10)."""
-    alpha_bar_t, alpha_bar_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
-    var_t, var_s = schedule.sqrt_one_minus_alpha_bar[t] ** 2, schedule.sqrt_one_minus_alpha_bar[s] ** 2
-    beta = 1 - alpha_bar_t / alpha_bar_s
-    return np.sqrt(alpha_bar_t / alpha_bar_s) * var_s / var_t, np.sqrt(alpha_bar_s) * beta / var_t, beta * var_s / var_t
+    schedule: NoiseSchedule, t: Real[np.ndarray, " S"], s: Real[np.ndarray, " S"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """k, m and w of q(x_s | x_t, x_0) for 0 <= s < t <= T (eq. 7), and the variance of x_s given x_t for x_0 ~ N(0, I)."""
+    (signal_t, noise_t), (signal_s, noise_s) = schedule.at(t), schedule.at(s)
+    r, shrink = signal_t / signal_s, (noise_s / noise_t) ** 2
+    beta = noise_t**2 - (r * noise_s) ** 2
+    unknown = beta * (signal_s**2 + noise_s**2) / (signal_t**2 + noise_t**2)
+    return r * shrink, signal_s * beta / noise_t**2, beta * shrink, unknown
 
 
 def posterior(
-    schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], t: Int[Array, " B"]
+    schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], t: Real[Array, " B"]
 ) -> tuple[Float[Array, "B *shape"], Float[Array, " B"]]:
-    """Mean and variance of q(x_{t-1} | x_t, x_0) for t in 1..T (eq. 10 with s = t - 1).
+    """Mean and variance of q(x_{t-1} | x_t, x_0) for t in 1..T (eq. 7 with s = t - 1).
 
     Raises ValueError unless x_0 has x_t's shape.
     """
-    _check_shape("x_0", x_0, x_t)
+    check_shape("x_0", x_0, x_t)
     times = np.arange(1, schedule.num_timesteps + 1)
-    k, m, w = (look_up(column, t - 1, x_t) for column in posterior_coefficients(schedule, times, times - 1))
-    mean = _as_column(k, x_t.ndim) * x_t + _as_column(m, x_t.ndim) * x_0
-    return mean.astype(_float_dtype(x_t)), w
+    k, m, w = (look_up(column, t - 1, x_t) for column in posterior_coefficients(schedule, times, times - 1)[:3])
+    mean = as_column(k, x_t.ndim) * x_t + as_column(m, x_t.ndim) * x_0
+    return mean.astype(float_dtype(x_t)), w
 
 
-def _signal_and_noise(schedule: NoiseSchedule, t: Array, x: Array) -> tuple[Array, Array]:
+def signal_and_noise(schedule: NoiseSchedule, t: Array, x: Array) -> tuple[Array, Array]:
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have the shape {x.shape[:1]}, a timestep for each example, got {t.shape}")
-    columns = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
-    a, s = (look_up(column, t, x) for column in columns)
-    return _as_column(a, x.ndim), _as_column(s, x.ndim)
+    signal, noise = (look_up(column, t, x) for column in schedule)
+    return as_column(signal, x.ndim), as_column(noise, x.ndim)
 
 
-def _float_dtype(x: ArrayLike) -> jnp.dtype:
+def float_dtype(x: ArrayLike) -> jnp.dtype:
     """Of x where it is floating point, in 32 bits unless JAX has 64 enabled; else float32."""
     dtype = jnp.result_type(x)
     return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(jnp.float32)
 
 
-def look_up(table: ArrayLike, t: Int[Array, " B"], like: ArrayLike) -> Float[Array, " B"]:
-    """table[t] in the dtype of `like`, of 32 bits at least, and sharded as t is; NaN where t is out of range."""
-    table = jnp.asarray(table, jnp.promote_types(_float_dtype(like), jnp.float32))
-    sharding = jax.typeof(t).sharding
-    return table.at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharding)
+def look_up(table: ArrayLike, t: Real[Array, " B"], like: ArrayLike) -> Float[Array, " B"]:
+    """table[t], linear between rows, in the dtype of `like` but at least float32, sharded as t; NaN where t is out of range."""
+    table = jnp.asarray(table, jnp.promote_types(float_dtype(like), jnp.float32))
+    options: Any = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
+    row_at = lambda row: table.at[row].get(**options, out_sharding=jax.typeof(t).sharding)  # noqa: E731
+    if jnp.issubdtype(t.dtype, jnp.integer):
+        return row_at(t)
+    row = jnp.minimum(jnp.floor(t), max(len(table) - 2, 0)).astype(jnp.int32)
+    share = (t - row).astype(table.dtype)
+    between = (1 - share) * row_at(row) + share * row_at(jnp.minimum(row + 1, len(table) - 1))
+    return jnp.where(t <= len(table) - 1, between, jnp.nan)
 
 
-def _as_column(per_example: Array, ndim: int) -> Array:
+def as_column(per_example: Array, ndim: int) -> Array:
     return per_example.reshape(-1, *(1,) * (ndim - 1))
 
 
-def _check_shape(name: str, value: Array, like: Array) -> None:
+def check_shape(name: str, value: Array, like: Array) -> None:
     if value.shape != like.shape:  # else it might be broadcast, and be wrong without a word
         raise ValueError(f"{name} must have the shape of the data, {like.shape}, got {value.shape}")
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

@@ -1,15 +1,15 @@
 """What a trained network can be asked for beyond a sample: a class, a part that is given, a likeness, a way between two images.
 
 Nothing here has a loop of its own. A class and a given part wrap the network's callable; a likeness, a way back to the noise
-and more rounds around a given part are tables for `sample` and `sample_trajectory` (eq. 11).
+and more rounds around a given part are tables for `sample` and `sample_trajectory` (eq. 8).
 """
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from diffusion_jax.diffusion import Denoise, Predict, _check_shape, with_fraction, with_prediction
-from diffusion_jax.sampling import SamplerTable, strided_timesteps
+from diffusion_jax.diffusion import Denoise, Predict, check_shape, with_fraction, with_prediction
+from diffusion_jax.sampling import SamplerTable, Steps, as_times, make_table
 from diffusion_jax.schedules import NoiseSchedule
 
 
@@ -17,7 +17,7 @@ def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predic
     """Classifier-free guidance: without + scale (with - without) [Ho & Salimans 2022, eq. 6, where 1 + w = scale].
 
     1 is the conditional network, more is truer to the condition and less varied (eq. 17). It is the same for each target type,
-    since eqs. 6-8 are affine. A learned variance is the conditional one's. Raises ValueError unless the scale is at least 0.
+    since eq. 5 is affine. A learned variance is the conditional one's. Raises ValueError unless the scale is at least 0.
     """
     if not scale >= 0:
         raise ValueError(f"the guidance scale must be at least 0, got {scale}")
@@ -44,7 +44,7 @@ def inpainting(denoise: Denoise, known: ArrayLike, mask: ArrayLike) -> Denoise:
         output = denoise(x_t, t)
         x_0_hat, _ = with_fraction(output)
         x_0_hat = jnp.where(mask, jnp.asarray(known, x_0_hat.dtype), x_0_hat)
-        _check_shape("the known part", x_0_hat, x_t)
+        check_shape("the known part", x_0_hat, x_t)
         return with_prediction(output, x_0_hat)
 
     return replaced
@@ -63,19 +63,20 @@ def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> Sampl
     if np.any(table.d) or np.any(table.r):
         raise ValueError("steps with a learned variance or an x_0_hat before them cannot be taken again: use ancestral or DDIM")
     _check_goes_down(table)
-    t, s, zero = table.t[:-1], table.t[1:], np.zeros(len(table.t) - 1)
-    up = schedule.sqrt_alpha_bar[t] / schedule.sqrt_alpha_bar[s]
-    c = np.sqrt(1 - up**2 + (up * table.c[:-1]) ** 2)
-    rounds = SamplerTable(t, up * table.a[:-1], up * table.b[:-1], c, zero, zero)
+    (signal_t, noise_t), (signal_s, noise_s) = schedule.at(table.t[:-1]), schedule.at(table.t[1:])
+    up = signal_t / signal_s
+    c = np.sqrt(noise_t**2 - (up * noise_s) ** 2 + (up * table.c[:-1]) ** 2)
+    rounds = make_table(schedule, table.t[:-1], up * table.a[:-1], up * table.b[:-1], c)
 
     def interleaved(again: np.ndarray, step: np.ndarray) -> np.ndarray:
-        return np.append(np.stack([again] * (int(times) - 1) + [step[:-1]], axis=1).ravel(), step[-1])
+        rows = np.stack([again] * (int(times) - 1) + [step[:-1]], axis=1)
+        return np.concatenate([rows.reshape(-1, *step.shape[1:]), step[-1:]])
 
     return SamplerTable(*map(interleaved, rounds, table))
 
 
-def part_way(table: SamplerTable, t: int) -> SamplerTable:
-    """The rows of a table that leave timesteps of at most t. Begin at data noised to the first of them, which is `.t[0]`.
+def part_way(table: SamplerTable, t: int | float) -> SamplerTable:
+    """The rows of a table that leave times of at most t. Begin at data noised to the first of them, which is `.t[0]`.
 
     Raises ValueError if there is none, as for t < 1, or if the table's steps do not go down.
     """
@@ -83,8 +84,11 @@ def part_way(table: SamplerTable, t: int) -> SamplerTable:
     rest = SamplerTable(*(column[(table.t <= t) & (table.t > 0)].copy() for column in table))
     if len(rest.t) == 0:
         raise ValueError(f"the table must have a step from t = {t} or below, and its last is from {table.t[table.t > 0][-1]}")
-    rest.b[0] += rest.d[0]  # there is no x_0_hat before the first step
-    rest.d[0] = 0
+    for i in range(min(len(rest.t), rest.d.shape[1])):  # nothing is kept from before the first step: take what step i has
+        missing = rest.d[i, i:].sum()
+        rest.a[i] += missing * rest.e[i]
+        rest.b[i] += missing * rest.f[i]
+        rest.d[i, i:] = 0
     return rest
 
 
@@ -93,19 +97,18 @@ def _check_goes_down(table: SamplerTable) -> None:
         raise ValueError("the table's timesteps must go down, from noise to data; these go up")
 
 
-def encoding_table(schedule: NoiseSchedule, sampling_timesteps: int | None = None) -> SamplerTable:
-    """DDIM's steps upwards, from an image to the noise that DDIM at eta = 0 takes to it (eq. 12) [Song et al. 2021, sec. 4.3].
+def encoding_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None) -> SamplerTable:
+    """DDIM's steps upwards, from an image to the noise that DDIM at eta = 0 takes to it (eq. 9) [Song et al. 2021, sec. 4.3].
 
     Begin at the image (`start=`); what comes out is x_T. The first step takes the image for an x_t at the lowest t above 0. The
-    way there and back is exact in the limit of many steps only. Raises ValueError on `sampling_timesteps` outside 1..T.
+    way there and back is exact in the limit of many steps only. Raises ValueError on steps outside 1..T.
     """
-    times = strided_timesteps(schedule.num_timesteps, sampling_timesteps)[::-1]
-    a_t, s_t = (column[times] for column in (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar))
-    t = np.concatenate([times[1:2], times[1:-1]])  # where each step asks the network; eps_hat is of there
-    a_hat, s_hat = schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t]
-    on_eps = s_t[1:] - a_t[1:] / a_t[:-1] * s_t[:-1]  # x_s = (a_s / a_t) x_t + on_eps eps_hat
-    zero = np.zeros(len(t))
-    return SamplerTable(t, a_t[1:] / a_t[:-1] + on_eps / s_hat, -on_eps * a_hat / s_hat, zero, zero, zero)
+    times = as_times(schedule, sampling_timesteps)[::-1]
+    signal, noise = schedule.at(times)
+    t = np.concatenate([times[1:2], times[1:-1]])  # where each step calls the network; eps_hat is of there
+    signal_t, noise_t = schedule.at(t)
+    on_eps = noise[1:] - signal[1:] / signal[:-1] * noise[:-1]  # x_s = (signal_s / signal_t) x_t + on_eps eps_hat
+    return make_table(schedule, t, signal[1:] / signal[:-1] + on_eps / noise_t, -on_eps * signal_t / noise_t)
 
 
 def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: ArrayLike) -> Float[Array, "*shape"]:

@@ -2,10 +2,10 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 
-def timestep_embedding(t: Int[Array, "B"], dim: int, max_period: float = 10_000.0) -> Float[Array, "B dim"]:
+def timestep_embedding(t: Real[Array, "B"], dim: int, max_period: float = 10_000.0) -> Float[Array, "B dim"]:
     """Sines and cosines of t at dim / 2 frequencies from 1 down to 1 / max_period (Vaswani et al. 2017, sec. 3.5).
 
     Raises ValueError if `dim` is odd or less than 4.
@@ -26,7 +26,7 @@ class MLP(nn.Module):
     num_layers: int = 5
 
     @nn.compact
-    def __call__(self, x_t: Float[Array, "B in_dim"], t: Int[Array, "B"]) -> Float[Array, "B in_dim"]:
+    def __call__(self, x_t: Float[Array, "B in_dim"], t: Real[Array, "B"]) -> Float[Array, "B in_dim"]:
         h = nn.Dense(self.embed_dim)(x_t) + timestep_embedding(t, self.embed_dim)
         for _ in range(self.num_layers):
             h = nn.relu(nn.Dense(self.embed_dim)(h))

@@ -1,13 +1,14 @@
 """Sampling: every sampler is a table of affine steps, and one loop runs any of them (docs/derivation.md).
 
-A sampler walks down timesteps T = t_S > ... > t_0 = 0. Each of its S steps goes from t to the next lower s:
+A sampler walks down times t_S > ... > t_0 = 0. Each of its S steps goes from t to the next lower s:
 
     x_0_hat = denoise(x_t, t)
-    x_s     = a x_t + b x_0_hat + c z + d x_0_hat_before,  z ~ N(0, I)              (11)
+    x_s     = a x_t + b x_0_hat + c z + d_1 y_1 + d_2 y_2 + d_3 y_3,  z ~ N(0, I)   (8)
 
-where x_0_hat_before is the previous step's x_0_hat (0 at the first step), and a, b, c and d are known before the network is
-called. The last step adds no noise: it ends at x_0_hat. A network that learns its variance gives, beside x_0_hat, a fraction f
-of the way from the least deviation to the largest, in log space; then c e^(r f) stands for c, and r is known as well.
+where y_1, y_2 and y_3 are what the last three steps kept of themselves, the newest first (0 before the first step). Each keeps
+y = e x_t + f x_0_hat, which is x_0_hat where (e, f) = (0, 1). All coefficients are known before the network is called. The
+last step adds no noise: it ends at x_0_hat. A network that learns its variance gives, beside x_0_hat, a fraction of the way
+from the least deviation to the largest, in log space; then c e^(r fraction) stands for c, and r is known as well.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,24 +18,69 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
-from diffusion_jax.diffusion import Denoise, _check_choice, posterior_coefficients, with_fraction
-from diffusion_jax.schedules import NoiseSchedule
+from diffusion_jax.diffusion import Denoise, check_choice, posterior_coefficients, with_fraction
+from diffusion_jax.schedules import NoiseSchedule, karras_sigmas
 
 SigmaType = Literal["upper_bound", "lower_bound", "zero", "learned"]
+Spacing = Literal["time", "log_snr", "karras"]
+Steps = int | Float[np.ndarray, " times"] | None
+"""S, for steps evenly spaced in t; or times from `sampling_times`; or None for all T."""
+MEMORY = 3
 
 
 class SamplerTable(NamedTuple):
-    """The coefficients of eq. 11, a row a step, first step first; `t` is the timestep that the step leaves.
+    """The coefficients of eq. 8, a row a step, first step first.
 
-    r is 0 but where the variance is learned.
+    `t` is the time that a step leaves, and `scale` the deviation of x_t there if that of the data is 1. r is 0 but where the
+    variance is learned.
     """
 
-    t: Int[np.ndarray, " S"]
+    t: Float[np.ndarray, " S"]
+    scale: Float[np.ndarray, " S"]
     a: Float[np.ndarray, " S"]
     b: Float[np.ndarray, " S"]
     c: Float[np.ndarray, " S"]
-    d: Float[np.ndarray, " S"]
     r: Float[np.ndarray, " S"]
+    d: Float[np.ndarray, "S 3"]
+    e: Float[np.ndarray, " S"]
+    f: Float[np.ndarray, " S"]
+
+
+def make_table(
+    schedule: NoiseSchedule,
+    t: Float[np.ndarray, " S"],
+    a: Float[np.ndarray, " S"],
+    b: Float[np.ndarray, " S"],
+    c: Any = 0.0,
+    r: Any = 0.0,
+    d: Float[np.ndarray, "S 3"] | None = None,
+    e: Any = 0.0,
+    f: Any = 1.0,
+) -> SamplerTable:
+    """The steps that leave the times `t`, in float64; a number stands for a column of it."""
+    per_step = np.broadcast_arrays(t, np.hypot(*schedule.at(t)), a, b, c, r, e, f)
+    t, scale, a, b, c, r, e, f = np.array(per_step, np.float64)
+    return SamplerTable(t, scale, a, b, c, r, np.zeros((len(t), MEMORY)) if d is None else d, e, f)
+
+
+def sampling_times(
+    schedule: NoiseSchedule, sampling_timesteps: int | None = None, spacing: str = "time", rho: float = 7.0
+) -> Float[np.ndarray, " times"]:
+    """T = t_S > ... > t_0 = 0, of which S = `sampling_timesteps`, by default T, are where the network is called.
+
+    "time" spaces them evenly in t, rounded to rows; "log_snr" evenly in log(noise / signal), and "karras" in
+    (noise / signal)^(1 / rho) [Karras et al. 2022, eq. 5], down to that of t = 1, where t_1 is 1. These are real times, rounded
+    to float32, the dtype that the network is told them in. Where there is no signal at T, the first two grids begin their
+    spacing at the last row that has some. Raises ValueError on an unknown spacing, or unless 1 <= S <= T.
+    """
+    check_choice("spacing", spacing, get_args(Spacing))
+    if spacing == "time":
+        return strided_timesteps(schedule.num_timesteps, sampling_timesteps).astype(np.float64)
+    steps = len(strided_timesteps(schedule.num_timesteps, sampling_timesteps)) - 1
+    ends = schedule.sigma[1], schedule.sigma[np.isfinite(schedule.sigma)][-1]
+    sigmas = karras_sigmas(steps, *ends, rho) if spacing == "karras" else np.geomspace(*ends, steps)
+    times = schedule.time_of(sigmas[::-1]).astype(np.float32).astype(np.float64)
+    return np.concatenate([[schedule.num_timesteps], times[1:], [0.0]])
 
 
 def strided_timesteps(num_timesteps: int, sampling_timesteps: int | None = None) -> Int[np.ndarray, " times"]:
@@ -48,61 +94,57 @@ def strided_timesteps(num_timesteps: int, sampling_timesteps: int | None = None)
     return np.rint(num_timesteps * np.arange(steps, -1, -1) / steps).astype(np.int32)
 
 
-def ancestral_table(
-    schedule: NoiseSchedule, sigma_type: str = "upper_bound", sampling_timesteps: int | None = None
-) -> SamplerTable:
-    """Ancestral sampling: the posterior (eq. 10) at x_0_hat, strided if `sampling_timesteps` < T [Ho et al. 2020, alg. 2].
+def as_times(schedule: NoiseSchedule, steps: Steps) -> Float[np.ndarray, " times"]:
+    """The times that `steps` stands for. Raises ValueError unless they go strictly down to 0 from at most T."""
+    if steps is None or np.ndim(steps) == 0:
+        return sampling_times(schedule, steps)  # pyright: ignore[reportArgumentType]
+    times = np.asarray(steps, np.float32).astype(np.float64)
+    if (
+        times.ndim != 1
+        or len(times) < 2
+        or times[-1] != 0
+        or times[0] > schedule.num_timesteps
+        or not np.all(np.diff(times) < 0)
+    ):
+        raise ValueError(f"times must go strictly down to 0, from at most T = {schedule.num_timesteps}, got {times}")
+    return times
 
-    `sigma_type` is the variance c^2: "upper_bound" is beta_{t|s}, right for x_0 ~ N(0, I); "lower_bound" is the posterior's
-    own, right for a single point x_0 [Ho et al. 2020, sec. 3.2]; "zero" takes the posterior's mean (which is not DDIM);
-    "learned" is between the two bounds, where the network says [Nichol & Dhariwal 2021, eq. 15], or else the lower bound.
-    Raises ValueError on an unknown type or on `sampling_timesteps` outside 1..T.
+
+def ancestral_table(schedule: NoiseSchedule, sigma_type: str = "upper_bound", sampling_timesteps: Steps = None) -> SamplerTable:
+    """Ancestral sampling: the posterior (eq. 7) at x_0_hat, strided if there are fewer than T steps [Ho et al. 2020, alg. 2].
+
+    `sigma_type` is the variance c^2: "upper_bound" is that of x_s given x_t for x_0 ~ N(0, I), which is beta_{t|s} where the
+    path preserves variance; "lower_bound" is the posterior's own, right for a single point x_0 [Ho et al. 2020, sec. 3.2];
+    "zero" takes the posterior's mean (which is not DDIM); "learned" is between the two bounds, where the network says
+    [Nichol & Dhariwal 2021, eq. 15], or else the lower bound. Raises ValueError on an unknown type or on steps outside 1..T.
     """
-    _check_choice("sigma_type", sigma_type, get_args(SigmaType))
-    times = strided_timesteps(schedule.num_timesteps, sampling_timesteps)
+    check_choice("sigma_type", sigma_type, get_args(SigmaType))
+    times = as_times(schedule, sampling_timesteps)
     t, s = times[:-1], times[1:]
-    k, m, w = posterior_coefficients(schedule, t, s)
-    beta = 1 - schedule.alpha_bar[t] / schedule.alpha_bar[s]
-    zero, ends = np.zeros_like(k), s == 0
-    variance = {"upper_bound": beta, "zero": zero}.get(sigma_type, w)
-    log_range = np.log(beta / np.where(ends, beta, w)) / 2 if sigma_type == "learned" else zero
-    return SamplerTable(t, k, m, np.where(ends, 0.0, np.sqrt(variance)), zero, log_range)
+    k, m, w, unknown = posterior_coefficients(schedule, t, s)
+    variance = {"upper_bound": unknown, "zero": 0 * w}.get(sigma_type, w)
+    log_range = np.log(unknown / np.where(s == 0, unknown, w)) / 2 if sigma_type == "learned" else 0.0
+    return make_table(schedule, t, k, m, np.where(s == 0, 0.0, np.sqrt(variance)), log_range)
 
 
-def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: int | None = None) -> SamplerTable:
+def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: Steps = None) -> SamplerTable:
     """DDIM [Song et al. 2021, eqs. 12, 16]: deterministic at eta = 0, lower-bound ancestral sampling at eta = 1.
 
-        c = eta sqrt(w),   x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - c^2) eps_hat + c z      (12)
+        c = eta sqrt(w),   x_s = signal_s x_0_hat + sqrt(noise_s^2 - c^2) eps_hat + c z      (9)
 
-    with eps_hat from eq. 7 and w from eq. 10. Raises ValueError on eta outside [0, 1] or `sampling_timesteps` outside 1..T.
+    with eps_hat from eq. 5 and w from eq. 7. Raises ValueError on eta outside [0, 1] or steps outside 1..T.
     """
+    return ddim_steps(schedule, as_times(schedule, sampling_timesteps), eta)
+
+
+def ddim_steps(schedule: NoiseSchedule, times: Float[np.ndarray, " times"], eta: float = 0.0) -> SamplerTable:
+    """DDIM through the times, which may also go up if eta = 0. Raises ValueError on eta outside [0, 1]."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
-    times = strided_timesteps(schedule.num_timesteps, sampling_timesteps)
-    t, s = times[:-1], times[1:]
-    variance = eta**2 * posterior_coefficients(schedule, t, s)[2]
-    a = np.sqrt(schedule.sqrt_one_minus_alpha_bar[s] ** 2 - variance) / schedule.sqrt_one_minus_alpha_bar[t]
-    b = schedule.sqrt_alpha_bar[s] - a * schedule.sqrt_alpha_bar[t]
-    zero = np.zeros_like(a)
-    return SamplerTable(t, a, b, np.sqrt(variance), zero, zero)
-
-
-def dpm_solver_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: int | None = None) -> SamplerTable:
-    """DPM-Solver++(2M) [Lu et al. 2022, alg. 2]: of second order, where DDIM is of first; at eta = 1 its SDE form (its app.).
-
-    It takes DDIM's step from x_0_hat extrapolated to the middle of the step, along the line through the last two in
-    lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), with h = lambda_s - lambda_t, and DDIM's noise for any eta:
-
-        D = x_0_hat + (x_0_hat - x_0_hat_before) h / (2 h_before)                                           (13)
-
-    The first step, which has nothing before it, and the last, where h is infinite, are DDIM's own. Raises ValueError on eta
-    outside [0, 1] or `sampling_timesteps` outside 1..T.
-    """
-    table = ddim_table(schedule, eta, sampling_timesteps)
-    t, b, d = table.t, table.b, np.zeros_like(table.b)
-    h = np.diff(np.log(schedule.sqrt_alpha_bar[t] / schedule.sqrt_one_minus_alpha_bar[t]))  # of all steps but the last
-    d[1:-1] = -b[1:-1] * h[1:] / (2 * h[:-1])
-    return table._replace(b=b - d, d=d)
+    (signal_t, noise_t), (signal_s, noise_s) = schedule.at(times[:-1]), schedule.at(times[1:])
+    variance = eta**2 * posterior_coefficients(schedule, times[:-1], times[1:])[2] if eta else 0.0
+    a = np.sqrt(noise_s**2 - variance) / noise_t
+    return make_table(schedule, times[:-1], a, signal_s - a * signal_t, np.sqrt(variance))
 
 
 def padded(table: SamplerTable, num_steps: int) -> SamplerTable:
@@ -114,7 +156,7 @@ def padded(table: SamplerTable, num_steps: int) -> SamplerTable:
     missing = num_steps - len(table.t)
     if missing < 0:
         raise ValueError(f"num_steps must be at least the table's {len(table.t)} steps, got {num_steps}")
-    return SamplerTable(*(np.pad(column, (0, missing)) for column in table))
+    return SamplerTable(*(np.pad(column, [(0, missing)] + [(0, 0)] * (np.ndim(column) - 1)) for column in table))
 
 
 def sample(
@@ -124,14 +166,15 @@ def sample(
     shape: tuple[int, ...],
     start: Float[Array, "B *shape"] | None = None,
 ) -> Float[Array, "B *shape"]:
-    """One x_0 of `shape` for each key, in memory that does not grow with the number of steps (eq. 11).
+    """One x_0 of `shape` for each key, in memory that does not grow with the number of steps (eq. 8).
 
-    The walk begins at `start`, an x_t at the table's first t, or at standard normal float32 noise. Samples have start's dtype.
+    The walk begins at `start`, an x_t at the table's first t, or at normal float32 noise of its `scale`, which is the
+    deviation of x_t if that of the data is 1. Samples have start's dtype.
     Sample i depends on keys[i] and start[i] alone, whatever the batch size and the device count. The loop ends at the table's
     end or at its first row of t = 0, so it has no reverse-mode gradient; `sample_trajectory` has. Raises ValueError on a
     `start` of another shape or of integers.
     """
-    begin = _start(keys, shape, start)
+    begin = _start(table, keys, shape, start)
     table = _cast(table, begin)
 
     def step(carry):
@@ -139,7 +182,7 @@ def sample(
         return number + 1, _step(denoise, jax.tree.map(lambda column: column[number], table), state, keys, number)
 
     going_on = lambda carry: (carry[0] < len(table.t)) & (table.t[carry[0]] > 0)  # noqa: E731
-    return jax.lax.while_loop(going_on, step, (0, (begin, jnp.zeros_like(begin))))[1][0]
+    return jax.lax.while_loop(going_on, step, (0, _before_the_first_step(begin)))[1][0]
 
 
 def sample_trajectory(
@@ -154,35 +197,42 @@ def sample_trajectory(
     Raises ValueError as `sample` does.
     """
 
-    def step(carry, numbered_row):
+    def step(state, numbered_row):
         number, row = numbered_row
-        carry = _step(denoise, row, carry, keys, number)
-        return carry, carry[0]
+        state = _step(denoise, row, state, keys, number)
+        return state, state[0]
 
-    begin = _start(keys, shape, start)
-    _, path = jax.lax.scan(step, (begin, jnp.zeros_like(begin)), (jnp.arange(len(table.t)), _cast(table, begin)))
+    begin = _start(table, keys, shape, start)
+    _, path = jax.lax.scan(step, _before_the_first_step(begin), (jnp.arange(len(table.t)), _cast(table, begin)))
     return jnp.concatenate([begin[None], path])[::-1]
 
 
-def _step(denoise: Denoise, row: Any, carry: tuple[Array, Array], keys: Array, number: Array) -> tuple[Array, Array]:
-    """From (x_t, x_0_hat_before) to (x_s, x_0_hat)."""
-    x_t, x_0_hat_before = carry
-    x_0_hat, fraction = with_fraction(denoise(x_t, jnp.full(len(x_t), row.t, jnp.int32)))
+def _before_the_first_step(x_t: Array) -> tuple[Array, ...]:
+    return (x_t, *[jnp.zeros_like(x_t)] * MEMORY)
+
+
+def _step(denoise: Denoise, row: Any, state: tuple[Array, ...], keys: Array, number: Array) -> tuple[Array, ...]:
+    """From (x_t, y_1, y_2, y_3) to (x_s, y, y_1, y_2)."""
+    x_t, *kept = state
+    x_0_hat, fraction = with_fraction(denoise(x_t, jnp.full(len(x_t), row.t, jnp.float32)))
     deviation = row.c * jnp.exp(row.r * fraction)
     noise = _normal(keys, number + 1, x_t.shape[1:], row.c.dtype)
-    x_s = row.a * x_t + row.b * x_0_hat + deviation * noise + row.d * x_0_hat_before
-    return x_s.astype(x_t.dtype), x_0_hat.astype(x_t.dtype)
+    x_s = row.a * x_t + row.b * x_0_hat + deviation * noise
+    for i, y in enumerate(kept):
+        x_s = x_s + row.d[i] * y
+    y = row.e * x_t + row.f * x_0_hat
+    return (x_s.astype(x_t.dtype), y.astype(x_t.dtype), *kept[:-1])
 
 
 def _cast(table: SamplerTable, x: Array) -> Any:
     """The table in x's dtype, or in float32 where that has fewer bits."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.tree.map(lambda column: jnp.asarray(column, dtype), table)._replace(t=jnp.asarray(table.t, jnp.int32))
+    return jax.tree.map(lambda column: jnp.asarray(column, dtype), table)
 
 
-def _start(keys: Array, shape: tuple[int, ...], start: Array | None) -> Array:
+def _start(table: SamplerTable, keys: Array, shape: tuple[int, ...], start: Array | None) -> Array:
     if start is None:
-        return _normal(keys, 0, shape, jnp.float32)
+        return jnp.asarray(table.scale, jnp.float32)[0] * _normal(keys, 0, shape, jnp.float32)
     if start.shape != (len(keys), *shape):
         raise ValueError(f"start must have the shape {(len(keys), *shape)}, got {start.shape}")
     if not jnp.issubdtype(start.dtype, jnp.floating):

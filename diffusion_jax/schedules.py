@@ -1,39 +1,78 @@
-"""Noise schedules: how much of the data is left at each timestep, as a table over t = 0..T.
+"""Noise schedules: how much of the data and how much noise is in x_t, as two tables over t = 0..T.
 
-A schedule is T numbers beta_1..beta_T in (0, 1), the variance that each step of the forward process adds:
+    x_t = signal_t x_0 + noise_t eps,  eps ~ N(0, I)                                (1)
 
-    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                       (1)  [Ho et al. 2020, eq. 2]
-    alpha_bar_t = prod_{s <= t} (1 - beta_s),  alpha_bar_0 = 1                      (2)
-    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)                   (3)  [Ho et al. 2020, eq. 4]
+Row 0 is the data: signal 1, noise 0. Nothing else is assumed but that sigma = noise / signal increases, so a schedule may be
+variance-preserving (signal^2 + noise^2 = 1) [Ho et al. 2020], rectified flow (signal + noise = 1) [Liu et al. 2022],
+variance-exploding (signal = 1) [Song et al. 2021b], or anything else. Between the rows both columns are linear in t.
 
 Tables are made in float64 NumPy and cast when they meet the data: 1 - alpha_bar_t computed in float32 is wrong in the third
 digit at small t.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
 
 class NoiseSchedule(NamedTuple):
-    """Every table that eqs. 1-3 need, each of length T + 1 and indexed by t; t = 0 is the data, so beta[0] = 0."""
+    """The two columns of eq. 1, each of length T + 1 and indexed by t."""
 
-    beta: Float[np.ndarray, " T+1"]
-    alpha_bar: Float[np.ndarray, " T+1"]
-    sqrt_alpha_bar: Float[np.ndarray, " T+1"]
-    sqrt_one_minus_alpha_bar: Float[np.ndarray, " T+1"]
+    signal: Float[np.ndarray, " times"]
+    noise: Float[np.ndarray, " times"]
 
     @property
     def num_timesteps(self) -> int:
         """T, the number of steps between the data and the noise."""
-        return len(self.beta) - 1
+        return len(self.signal) - 1
+
+    @property
+    def sigma(self) -> Float[np.ndarray, " times"]:
+        """noise / signal; infinite where there is no signal. The log-SNR is -2 log(sigma)."""
+        with np.errstate(divide="ignore"):
+            return self.noise / self.signal
+
+    def at(self, t: Any) -> tuple[Any, Any]:
+        """signal and noise at a real time from 0 to T, or at an array of times, in float64."""
+        rows = np.arange(len(self.signal))
+        return np.interp(t, rows, self.signal), np.interp(t, rows, self.noise)
+
+    def time_of(self, sigma: Any) -> Any:
+        """The real time at which noise / signal is `sigma`, a number or an array; 0 or T where that is out of range."""
+        sigma = np.clip(sigma, 0, self.sigma[-1])
+        row = np.clip(np.searchsorted(self.sigma, sigma, side="right") - 1, 0, self.num_timesteps - 1)
+        signal, noise = self.signal[row], self.noise[row]
+        rise, fall = self.noise[row + 1] - noise, signal - self.signal[row + 1]
+        finite = np.where(np.isinf(sigma), 0, sigma)
+        return np.where(np.isinf(sigma), self.num_timesteps, row + (finite * signal - noise) / (rise + finite * fall))
+
+
+def schedule_from_columns(signal: ArrayLike, noise: ArrayLike) -> NoiseSchedule:
+    """Any Gaussian path, from its two columns over t = 0..T (eq. 1).
+
+    Raises ValueError unless they are vectors of one length of at least 2 that begin with 1 and 0, and noise / signal increases.
+    """
+    schedule = NoiseSchedule(np.asarray(signal, np.float64), np.asarray(noise, np.float64))
+    shapes = schedule.signal.shape, schedule.noise.shape
+    if len(shapes[0]) != 1 or shapes[0][0] < 2 or shapes[0] != shapes[1]:
+        raise ValueError(f"signal and noise must be vectors of one length of at least 2, got the shapes {shapes}")
+    if (schedule.signal[0], schedule.noise[0]) != (1, 0):
+        raise ValueError(f"row 0 must be the data, signal 1 and noise 0, got {schedule.signal[0]} and {schedule.noise[0]}")
+    increases = np.diff(schedule.sigma) > 0
+    if not (np.all(increases) and np.all(schedule.signal >= 0) and np.all(np.isfinite(schedule))):
+        row = 1 + int(np.argmin(increases))
+        raise ValueError(f"noise / signal must increase from row to row, got {schedule.sigma[row]} at t = {row}")
+    return schedule
 
 
 def schedule_from_beta(beta: ArrayLike) -> NoiseSchedule:
-    """The schedule whose steps add the variances beta_1..beta_T, a vector (eqs. 1-3), in float64.
+    """The variance-preserving schedule whose steps add the variances beta_1..beta_T [Ho et al. 2020, eqs. 2, 4].
 
-    Raises ValueError if it is empty, or if one lies outside (0, 1).
+        q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                    (2)
+        alpha_bar_t = prod_{s <= t} (1 - beta_s),  signal_t = sqrt(alpha_bar_t),  noise_t = sqrt(1 - alpha_bar_t)      (3)
+
+    Raises ValueError if beta is not a vector, is empty, or one value lies outside (0, 1).
     """
     beta = np.asarray(beta, np.float64)
     if beta.ndim != 1 or len(beta) == 0:
@@ -42,12 +81,7 @@ def schedule_from_beta(beta: ArrayLike) -> NoiseSchedule:
         wrong = beta[~((beta > 0) & (beta < 1))][0]
         raise ValueError(f"every beta must lie strictly between 0 and 1, got {wrong}")
     log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-beta))])
-    return NoiseSchedule(
-        beta=np.concatenate([[0.0], beta]),
-        alpha_bar=np.exp(log_alpha_bar),
-        sqrt_alpha_bar=np.exp(log_alpha_bar / 2),
-        sqrt_one_minus_alpha_bar=np.sqrt(-np.expm1(log_alpha_bar)),
-    )
+    return NoiseSchedule(np.exp(log_alpha_bar / 2), np.sqrt(-np.expm1(log_alpha_bar)))
 
 
 def linear_schedule(num_timesteps: int) -> NoiseSchedule:
@@ -76,6 +110,36 @@ def cosine_schedule(num_timesteps: int) -> NoiseSchedule:
     times = np.arange(num_timesteps + 1) / num_timesteps
     f = np.cos(np.pi / 2 * (times + 0.008) / 1.008) ** 2
     return schedule_from_beta(np.minimum(1 - f[1:] / f[:-1], 0.999))
+
+
+def flow_schedule(num_timesteps: int) -> NoiseSchedule:
+    """Rectified flow: x_t = (1 - t/T) x_0 + (t/T) eps [Liu et al. 2022; Lipman et al. 2023, eq. 20, with time reversed].
+
+    Raises ValueError unless `num_timesteps` is a whole number of at least 1.
+    """
+    _check_num_timesteps(num_timesteps)
+    noise = np.arange(num_timesteps + 1) / num_timesteps
+    return NoiseSchedule(1 - noise, noise)
+
+
+def variance_exploding_schedule(
+    num_timesteps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> NoiseSchedule:
+    """x_t = x_0 + sigma_t eps, with sigma^(1/rho) linear from sigma_1 = sigma_min to sigma_T = sigma_max.
+
+    [Song et al. 2021b, sec. 3.4; Karras et al. 2022, eq. 5.]
+    Raises ValueError unless `num_timesteps` is a whole number of at least 1 and 0 < sigma_min < sigma_max.
+    """
+    _check_num_timesteps(num_timesteps)
+    if not 0 < sigma_min < sigma_max < np.inf:
+        raise ValueError(f"sigma_min must lie between 0 and sigma_max, got {sigma_min} and {sigma_max}")
+    return NoiseSchedule(np.ones(num_timesteps + 1), np.append(0.0, karras_sigmas(num_timesteps, sigma_min, sigma_max, rho)))
+
+
+def karras_sigmas(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Float[np.ndarray, " count"]:
+    """From sigma_min up to sigma_max with sigma^(1/rho) evenly spaced; sigma_max alone where count is 1."""
+    shares = np.linspace(0, 1, count) if count > 1 else np.ones(1)
+    return (sigma_min ** (1 / rho) + shares * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
 
 
 def _check_num_timesteps(num_timesteps: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int, Real
 
 from diffusion_jax.layers import Conv3x3, Dense, GroupNorm, silu
 from diffusion_jax.mlp import timestep_embedding
@@ -37,7 +37,7 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_t: Float[Array, "B H W C"], t: Int[Array, " B"], labels: Int[Array, " B"] | None = None
+        self, x_t: Float[Array, "B H W C"], t: Real[Array, " B"], labels: Int[Array, " B"] | None = None
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
         sharding = jax.typeof(x_t).sharding
         if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:

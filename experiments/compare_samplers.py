@@ -19,19 +19,24 @@ from command_line import check_values, one_line_errors, parse_command_line, requ
 from figures import save_curves
 from judge import to_bytes
 from machine import prepare_machine, random_key
-from saved_run import draw_all, restored, run_config
+from saved_run import draw_all, restored, run_config, solver_table
 from workdir import one_line_if_unwritable
 
 import diffusion_jax as dj
 from diffusion_jax.data import load_dataset
 from diffusion_jax.evaluation import frechet_distance
+from diffusion_jax.sampling import Spacing
 
 SAMPLERS = {
-    "ancestral, upper bound": dj.ancestral_table,
-    "ancestral, lower bound": partial(dj.ancestral_table, sigma_type="lower_bound"),
-    "DDIM": dj.ddim_table,
-    "DPM-Solver++(2M)": dj.dpm_solver_table,
-    "SDE-DPM-Solver++(2M)": partial(dj.dpm_solver_table, eta=1.0),
+    "ancestral, upper bound": partial(solver_table, "ancestral"),
+    "ancestral, lower bound": partial(solver_table, "ancestral", sigma_type="lower_bound"),
+    "DDIM": partial(solver_table, "ddim"),
+    "DPM-Solver++(2M)": partial(solver_table, "dpm_solver"),
+    "DPM-Solver++(3M)": partial(solver_table, "dpm_solver_3m"),
+    "SDE-DPM-Solver++(2M)": partial(solver_table, "dpm_solver", eta=1.0),
+    "Heun": partial(solver_table, "heun"),
+    "UniPC": partial(solver_table, "unipc"),
+    "DEIS": partial(solver_table, "deis"),
 }
 
 
@@ -46,7 +51,9 @@ class Config:
     num_samples: int = 2000
     """N, of generated and of training images alike."""
     calls: tuple[int, ...] = (5, 10, 20, 50)
-    """Numbers of network calls, each for every sampler."""
+    """Numbers of network calls, each for every sampler; Heun's method takes the next lower odd number."""
+    spacing: Spacing = "time"
+    """As in sample.py."""
     all_steps: bool = False
     """Ancestral sampling of the upper bound with all T steps as well."""
     seed: int = 0
@@ -63,9 +70,11 @@ def main() -> None:
         run = run_config(config.workdir)
         for calls in config.calls:
             require(1 <= calls <= run.num_timesteps, "calls", calls, f"between 1 and the run's {run.num_timesteps} timesteps")
-        schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
+        schedule = mnist.make_schedule(run)
         tables = {
-            (name, calls): make(schedule, sampling_timesteps=calls) for calls in config.calls for name, make in SAMPLERS.items()
+            (name, calls): make(schedule, calls=calls, spacing=config.spacing)
+            for calls in config.calls
+            for name, make in SAMPLERS.items()
         }
         if config.all_steps:
             tables["ancestral, upper bound", run.num_timesteps] = dj.ancestral_table(schedule)
@@ -83,7 +92,8 @@ def main() -> None:
         distances.setdefault(name, {})[calls] = distance = frechet_distance(real, classify(to_bytes(samples))[0])
         print(f"| {name} | {calls} | {distance:.3g} |", flush=True)
     with one_line_if_unwritable(Path(config.workdir)):
-        results = {"images": count, "seed": config.seed, "step": int(state.step), "test": floor, "distances": distances}
+        results = {"images": count, "seed": config.seed, "step": int(state.step), "spacing": config.spacing}
+        results |= {"test": floor, "distances": distances}
         (Path(config.workdir) / "samplers.json").write_text(json.dumps(results, indent=2) + "\n")
         save_curves(Path(config.workdir) / "samplers.png", distances, floor)
     print(f"wrote {config.workdir}/samplers.json and samplers.png", file=sys.stderr)

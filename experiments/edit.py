@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,19 @@ from command_line import check_output, check_values, one_line_errors, parse_comm
 from figures import save_rows
 from jaxtyping import Array, Float, PyTree
 from machine import prepare_machine, random_key
-from saved_run import restored, run_config
+from saved_run import Sampler, restored, run_config, solver_table
 
 import diffusion_jax as dj
 from diffusion_jax.data import load_dataset, to_model_input
+from diffusion_jax.sampling import Spacing
 
 ROUNDS, WAYS = 4, 4
 SHARES = np.linspace(0, 1, 9)
 NOISE = (0.2, 0.4, 0.6, 0.8)
+SAMPLERS_FOR = {  # rounds of inpainting need the noise of the step; a way back to the noise, that there is none
+    "inpaint": ("ancestral", "ddim"),
+    "interpolate": ("ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,11 @@ class Config:
     num_images: int = 6
     """The first images of the test split."""
     sampling_timesteps: int | None = None
-    """Steps from noise to image; by default 100, or all T of the run if they are fewer."""
+    """Network calls from noise to image; by default 100, or all T of the run if they are fewer."""
+    sampler: Sampler | None = None
+    """As in sample.py; by default ddim to interpolate, and ancestral for the rest."""
+    spacing: Spacing = "time"
+    """As in sample.py."""
     seed: int = 0
     """Of the noise."""
     out: str | None = None
@@ -59,12 +68,14 @@ def main() -> None:
         check_values(config)
         check_output(out, ".png")
         run = run_config(config.workdir)
-        schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
+        schedule = mnist.make_schedule(run)
         steps = min(100, run.num_timesteps) if config.sampling_timesteps is None else config.sampling_timesteps
         enough = config.what != "image-to-image" or steps >= 5
         require(enough, "sampling_timesteps", steps, "at least 5 for image-to-image, which begins a fifth of the way up")
-        make_table = dj.ddim_table if config.what == "interpolate" else dj.ancestral_table
-        table = make_table(schedule, sampling_timesteps=steps)
+        sampler = config.sampler or ("ddim" if config.what == "interpolate" else "ancestral")
+        allowed = SAMPLERS_FOR.get(config.what, get_args(Sampler))
+        require(sampler in allowed, "sampler", sampler, f"{' or '.join(allowed)} with --what {config.what}")
+        table = solver_table(sampler, schedule, steps, config.spacing)
         images = load_dataset(run.dataset, config.data_dir, "test").images[: config.num_images + 1]
         state = restored(run, config.workdir, config.checkpoint)
 
@@ -104,7 +115,8 @@ def interpolate(
     draw: Callable, schedule: dj.NoiseSchedule, table: dj.SamplerTable, x_0: Float[Array, "B H W C"], key: Array
 ) -> list[Array]:
     """Each image and the next, as noise; points between them on the sphere; and these as images."""
-    noise = draw(dj.encoding_table(schedule, len(table.t)), len(x_0), x_0)
+    times = np.append(np.unique(table.t)[::-1], 0.0)  # Heun's are there twice
+    noise = draw(dj.encoding_table(schedule, times), len(x_0), x_0)
     pairs = list(zip(noise, jnp.roll(noise, -1, 0), strict=True))
     between = jnp.concatenate([jnp.stack([dj.spherical(x, y, share) for x, y in pairs]) for share in SHARES])
     return [x_0, *jnp.split(draw(table, len(between), between), len(SHARES)), jnp.roll(x_0, -1, 0)]

@@ -21,12 +21,13 @@ from figures import save_bound_figure
 from jaxtyping import Float
 from judge import as_table, judge
 from machine import prepare_machine, random_key
-from saved_run import check_guidance, draw_all, restored, run_config, sampler_table
+from saved_run import Sampler, check_guidance, draw_all, restored, run_config, sampler_table
 from tqdm import tqdm
 from workdir import one_line_if_unwritable
 
 import diffusion_jax as dj
 from diffusion_jax.data import ImageData, load_dataset, to_model_input
+from diffusion_jax.sampling import Spacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Config:
     """N, of generated images, of training images and of test images alike (fewer where there are fewer)."""
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default 50, or all T of the run if they are fewer."""
-    sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"
+    sampler: Sampler = "ancestral"
+    """As in sample.py."""
+    spacing: Spacing = "time"
     """As in sample.py."""
     eta: float = 0.0
-    """For ddim and dpm_solver: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
+    """For ddim, dpm_solver and dpm_solver_3m: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
     guidance_scale: float = 1.0
     """For a run with --conditional, of which the ten classes are drawn in turn."""
     bound_images: int = 20
@@ -61,7 +64,7 @@ def main() -> None:
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         run = run_config(config.workdir)
         check_guidance(run, config.guidance_scale)
-        schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
+        schedule = mnist.make_schedule(run)
         if config.sampling_timesteps is None:
             config = dataclasses.replace(config, sampling_timesteps=min(50, run.num_timesteps))
         table = sampler_table(config, run, schedule)

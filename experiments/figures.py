@@ -91,19 +91,23 @@ def save_training_figure(file: Path, metrics: np.ndarray, learning_rate: Callabl
 
 
 def save_schedules_figure(file: Path, schedules: dict[str, NoiseSchedule]) -> None:
-    """Each table of each schedule over t / T."""
+    """Each table of each schedule over t / T, and the variance that each step adds."""
     figure, axes = plt.subplots(1, 4, figsize=(13, 3))
     for name, schedule in schedules.items():
         times = np.arange(1, schedule.num_timesteps + 1) / schedule.num_timesteps
-        a, s = schedule.sqrt_alpha_bar[1:], schedule.sqrt_one_minus_alpha_bar[1:]
-        for axis, values in zip(axes, (schedule.beta[1:], a, s**2, 2 * np.log(a / s)), strict=True):
+        signal, noise = schedule
+        beta = noise[1:] ** 2 - (signal[1:] / signal[:-1] * noise[:-1]) ** 2
+        with np.errstate(divide="ignore"):
+            log_snr = -2 * np.log(schedule.sigma[1:])
+        for axis, values in zip(axes, (beta, signal[1:], noise[1:], log_snr), strict=True):
             axis.plot(times, values, label=name)
-    titles = (r"$\beta_t$", r"$\sqrt{\bar\alpha_t}$", r"$1 - \bar\alpha_t$", r"$\log\ \bar\alpha_t / (1 - \bar\alpha_t)$")
+    titles = (r"variance of a step, $\beta_{t|t-1}$", "signal", "noise", "log-SNR")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("t / T")
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
+    axes[2].set_yscale("log")
     axes[0].legend(fontsize=8)
     _save(figure, file)
 

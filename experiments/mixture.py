@@ -62,7 +62,7 @@ def main() -> None:
     for t in range(1, NUM_TIMESTEPS + 1):  # score = -eps_hat / sqrt(1 - alpha_bar_t)  [Song et al. 2021]
         times = jnp.full(len(grid), t)
         eps_hat = dj.convert(schedule, predict(grid, times), grid, times, TARGET_TYPE, "pred_eps")
-        scores.append(-eps_hat / schedule.sqrt_one_minus_alpha_bar[t])
+        scores.append(-eps_hat / schedule.noise[t])
     with one_line_if_unwritable(workdir):
         fast_times = strided_timesteps(NUM_TIMESTEPS, FAST_TIMESTEPS)[::-1]
         save_mixture_figure(workdir / "figure.png", np.asarray(data), np.asarray(path), np.asarray(fast_path), fast_times)

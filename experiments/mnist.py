@@ -34,8 +34,17 @@ from diffusion_jax.training import check_divisible, replicate
 
 IMAGE_SHAPE = (32, 32, 1)
 NUM_CLASSES = 10
-SCHEDULES = {"linear": dj.linear_schedule, "cosine": dj.cosine_schedule}
+SCHEDULES = {
+    "linear": dj.linear_schedule,
+    "cosine": dj.cosine_schedule,
+    "flow": dj.flow_schedule,
+    "ve": dj.variance_exploding_schedule,
+}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def make_schedule(config: Config) -> dj.NoiseSchedule:
+    return SCHEDULES[config.noise_schedule_type](config.num_timesteps)
 
 
 def make_network(config: Config) -> dj.UNet:
@@ -66,42 +75,57 @@ def training_step(config: Config, schedule: dj.NoiseSchedule, key: Key[Array, ""
     weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
     losses = {
         "hybrid": partial(dj.hybrid_loss, weight=weight),
-        "bound": dj.bound_loss,
         **{name: partial(dj.diffusion_loss, loss_type=name, weight=weight) for name in ("l2", "l1")},
     }
+    drawn_by_keys = config.time_density == "uniform" and not config.stratified
+    probabilities = dj.time_density(schedule, config.time_density)
 
     def loss_fn(params, batch, keys):
-        x_0, labels = batch
+        x_0, labels, u = batch
         share = jnp.float32(config.label_dropout)
         dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), share))(keys)
         labels = jnp.where(dropped, NUM_CLASSES, labels)
-        predict = apply_to(config, params, labels)
-        return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type)
+        predict = apply_to(config, schedule, params, labels)
+        if config.loss_type == "bound":
+            return dj.bound_loss(schedule, predict, x_0, keys, config.target_type)
+        t = None if drawn_by_keys else dj.draw_times(probabilities, u)
+        return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type, t=t)
 
     def step(state, images, labels, indices, examples, mean_over_devices):
-        keys = dj.example_keys(jax.random.fold_in(key, state.step), examples)
+        step_key = jax.random.fold_in(key, state.step)
+        keys = dj.example_keys(step_key, examples)
+        u = time_quantiles(step_key, keys, examples, config)
         return dj.train_step(
-            state, (to_model_input(images[indices]), labels[indices]), keys,
+            state, (to_model_input(images[indices]), labels[indices], u), keys,
             loss_fn=loss_fn, ema_decay=config.ema_decay, mean_over_devices=mean_over_devices,
         )  # fmt: skip
 
     return step
 
 
-def apply_to(config: Config, params: PyTree, labels: Array | None) -> Predict:
+def time_quantiles(step_key: Key[Array, ""], keys: Key[Array, " B"], examples: Array, config: Config) -> Float[Array, " B"]:
+    """For each example of the batch a number in [0, 1), uniform, which `draw_times` turns into its t."""
+    uniform = lambda key: jax.random.uniform(jax.random.fold_in(key, 3), (), jnp.float32)  # noqa: E731
+    if config.stratified:
+        return (uniform(step_key) + examples / jnp.float32(config.batch_size)) % 1
+    return jax.vmap(uniform)(keys)
+
+
+def apply_to(config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None) -> Predict:
     """The run's network as predict(x_t, t), for images of these labels, of which NUM_CLASSES or None is of no class; where the
     run is not conditional they do not matter."""
     labels = labels if config.conditional else None
-    return lambda x_t, t: make_network(config).apply({"params": params}, x_t, t, labels)
+    network = lambda x_t, t: make_network(config).apply({"params": params}, x_t, t, labels)  # noqa: E731
+    return dj.normalized(schedule, network, config.time_input)
 
 
 def make_denoiser(
     config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None = None, guidance_scale: float = 1.0
 ) -> Denoise:
     """The run's network as denoise(x_t, t), for images of these labels."""
-    predict = apply_to(config, params, labels)
+    predict = apply_to(config, schedule, params, labels)
     if guidance_scale != 1:
-        predict = dj.guided(predict, apply_to(config, params, None), guidance_scale)
+        predict = dj.guided(predict, apply_to(config, schedule, params, None), guidance_scale)
     return dj.make_denoiser(schedule, predict, config.target_type, clip=1.0)
 
 
@@ -150,7 +174,7 @@ def main() -> None:
             check(config)
             check_divisible(config.batch_size, jax.device_count())
             warn_of_emulated(config.precision)
-            schedule = SCHEDULES[config.noise_schedule_type](config.num_timesteps)
+            schedule = make_schedule(config)
             table = dj.ancestral_table(schedule, config.sigma_type, config.sampling_timesteps)
             preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
             init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)

@@ -9,6 +9,7 @@ from command_line import check_values, require
 
 from diffusion_jax.data import DatasetName
 from diffusion_jax.diffusion import TargetType
+from diffusion_jax.losses import TimeDensity
 from diffusion_jax.sampling import SigmaType
 
 
@@ -50,10 +51,16 @@ class Network:
 class Diffusion:
     num_timesteps: int = 500
     """T, the steps of the forward process."""
-    noise_schedule_type: Literal["linear", "cosine"] = "cosine"
-    """That of Ho et al. (2020), or of Nichol & Dhariwal (2021)."""
+    noise_schedule_type: Literal["linear", "cosine", "flow", "ve"] = "cosine"
+    """linear is that of Ho et al. (2020), cosine of Nichol & Dhariwal (2021), flow rectified flow, ve variance-exploding."""
     target_type: TargetType = "pred_x_0"
-    """What the network predicts."""
+    """What the network predicts; pred_u is flow's velocity, edm the network output of Karras et al. (2022)."""
+    time_input: Literal["t", "log_snr"] = "t"
+    """What the network is told of time. With log_snr, a run with pred_x_0, pred_eps or edm can sample on another path."""
+    time_density: TimeDensity = "uniform"
+    """The distribution of t in training; the bound has its own."""
+    stratified: bool = False
+    """Spread the t of a batch evenly over that distribution."""
     sigma_type: SigmaType = "upper_bound"
     """The variance of ancestral sampling; learned goes with hybrid and bound losses, and with pred_eps and pred_v."""
     loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
@@ -125,4 +132,9 @@ def check(config: Config) -> None:
     require(scaled, "target_type", config.target_type, "pred_eps or pred_v with --sigma-type learned")
     weighted = config.loss_weighting != "none" and config.loss_type == "bound"
     require(not weighted, "loss_weighting", config.loss_weighting, "none with --loss-type bound")
+    own_times = config.loss_type == "bound"
+    require(config.time_density == "uniform" or not own_times, "time_density", config.time_density, "uniform with this loss")
+    require(not (config.stratified and own_times), "stratified", config.stratified, "left out with --loss-type bound")
+    defined = config.noise_schedule_type != "flow" or config.target_type != "pred_eps"
+    require(defined, "target_type", config.target_type, "other than pred_eps with flow, which has no signal at t = T")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")

@@ -15,7 +15,9 @@ import numpy as np
 from command_line import check_output, check_values, one_line_errors, parse_command_line, require
 from figures import grid, save_picture
 from machine import prepare_machine, random_key
-from saved_run import check_guidance, draw_all, restored, run_config, sampler_table
+from saved_run import Sampler, check_guidance, draw_all, restored, run_config, sampler_table
+
+from diffusion_jax.sampling import Spacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,12 @@ class Config:
     """How much a sample keeps to its class, where 1 is what the network has learned, and more is truer and less varied."""
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default all T of the run."""
-    sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"
+    sampler: Sampler = "ancestral"
     """Ancestral sampling has the variance that the run was configured with; dpm_solver is DPM-Solver++(2M)."""
+    spacing: Spacing = "time"
+    """How the timesteps are spaced: evenly in t, evenly in the log-SNR, or by the rule of Karras et al. (2022)."""
     eta: float = 0.0
-    """For ddim and dpm_solver: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
+    """For ddim, dpm_solver and dpm_solver_3m: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
     seed: int = 0
     """Of the samples."""
     out: str = "samples.png"
@@ -55,7 +59,7 @@ def main() -> None:
         run = run_config(config.workdir)
         check_guidance(run, config.guidance_scale)
         require(run.conditional or not config.labels, "labels", config.labels, "left out unless the run is --conditional")
-        schedule = mnist.SCHEDULES[run.noise_schedule_type](run.num_timesteps)
+        schedule = mnist.make_schedule(run)
         table = sampler_table(config, run, schedule)
         state = restored(run, config.workdir, config.checkpoint)
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import mnist
 import numpy as np
@@ -19,17 +19,38 @@ import diffusion_jax as dj
 from diffusion_jax.checkpoints import open_checkpoints, restore, restore_latest
 
 BATCH = 256
+Sampler = Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis"]
+
+
+def solver_table(
+    sampler: str,
+    schedule: dj.NoiseSchedule,
+    calls: int | None = None,
+    spacing: str = "time",
+    sigma_type: str = "upper_bound",
+    eta: float = 0.0,
+) -> dj.SamplerTable:
+    """The table of a `Sampler` of so many network calls, by default T, or T / 2 steps of Heun's method."""
+    tables = {
+        "ancestral": partial(dj.ancestral_table, sigma_type=sigma_type),
+        "ddim": partial(dj.ddim_table, eta=eta),
+        "dpm_solver": partial(dj.dpm_solver_table, eta=eta),
+        "dpm_solver_3m": partial(dj.dpm_solver_table, eta=eta, order=3),
+        "heun": dj.heun_table,
+        "unipc": dj.unipc_table,
+        "deis": dj.deis_table,
+    }
+    calls = schedule.num_timesteps if calls is None else calls
+    steps = (calls + 1) // 2 if sampler == "heun" else calls
+    return tables[sampler](schedule, sampling_timesteps=dj.sampling_times(schedule, steps, spacing))
 
 
 def sampler_table(config: Any, run: mnist.Config, schedule: dj.NoiseSchedule) -> dj.SamplerTable:
-    """The table of `config`'s sampler, eta and sampling_timesteps, for a run."""
-    require(config.sampler != "ancestral" or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim or dpm_solver")
-    tables = {
-        "ancestral": partial(dj.ancestral_table, sigma_type=run.sigma_type),
-        "ddim": partial(dj.ddim_table, eta=config.eta),
-        "dpm_solver": partial(dj.dpm_solver_table, eta=config.eta),
-    }
-    return tables[config.sampler](schedule, sampling_timesteps=config.sampling_timesteps)
+    """The table that the options sampler, spacing, eta and sampling_timesteps ask for, of a run."""
+    require(0 <= config.eta <= 1, "eta", config.eta, "between 0 and 1")
+    takes_eta = config.sampler in ("ddim", "dpm_solver", "dpm_solver_3m")
+    require(takes_eta or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim, dpm_solver or dpm_solver_3m")
+    return solver_table(config.sampler, schedule, config.sampling_timesteps, config.spacing, run.sigma_type, config.eta)
 
 
 def check_guidance(run: mnist.Config, scale: float) -> None:
@@ -57,8 +78,8 @@ def draw_all(
 
 def run_config(workdir: str) -> mnist.Config:
     """The config of the run in `workdir`. Raises ValueError where it is not one of experiments/mnist.py."""
-    saved = read_config(workdir)
     names = {field.name for field in dataclasses.fields(mnist.Config)}
+    saved = read_config(workdir, names)
     if set(saved) != names:
         odd = ", ".join(sorted(set(saved) ^ names))
         raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {workdir}/config.json differs in {odd}")

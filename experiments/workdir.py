@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from diffusion_jax.checkpoints import UNFINISHED, restore_latest
 from diffusion_jax.training import TrainState
 
+ADDED = {"time_input": "t", "time_density": "uniform", "stratified": False}  # since version 0.2.0
 HIDDEN = {
     "__macosx",
     "$recycle.bin",
@@ -63,7 +64,7 @@ def _may_be_in_new_workdir(name: str) -> bool:
 
 
 def _check_same_run(workdir: Path, wanted: dict[str, Any], may_differ: Collection[str], more: Collection[str]) -> None:
-    saved = read_config(workdir)
+    saved = read_config(workdir, wanted)
     for name in [*wanted, *saved]:
         if name not in may_differ and saved.get(name) != wanted.get(name):
             flag = f"--{name.replace('_', '-')}"
@@ -86,15 +87,18 @@ def _lock(workdir: Path) -> None:
         warnings.warn(f"{workdir} cannot be locked ({problem.strerror}): start no second run in it", stacklevel=3)
 
 
-def read_config(workdir: str | Path) -> dict[str, Any]:
-    """The config that a run was started with. Raises ValueError if `workdir` holds no run."""
+def read_config(workdir: str | Path, names: Collection[str]) -> dict[str, Any]:
+    """The config that a run was started with; of the options `names`, those that are newer than the run have their old meaning.
+
+    Raises ValueError if `workdir` holds no run.
+    """
     try:
         config = json.loads((Path(workdir) / "config.json").read_text())
     except (OSError, ValueError, RecursionError) as problem:
         raise ValueError(f"--workdir must be the folder of a run, with its config.json; got {workdir} ({problem})") from None
     if not isinstance(config, dict):
         raise ValueError(f"--workdir must be the folder of a run; {workdir}/config.json holds no options but {config!r:.50}")
-    return config
+    return {name: value for name, value in ADDED.items() if name in names} | config
 
 
 def resume(workdir: Path, checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:

@@ -70,7 +70,7 @@ def mutate(node: ast.AST, bound: set[str]) -> Iterator[tuple[str, ast.AST]]:
             yield "sign", operand
         case ast.Call(ast.Attribute(_, "sqrt"), [argument]):
             yield "root", argument
-        case ast.Attribute(value, "sqrt_alpha_bar"):
+        case ast.Attribute(value, "signal"):
             yield "root", ast.Attribute(value, "alpha_bar", ast.Load())
         case ast.Constant(bool() | str() | None):
             pass

@@ -92,7 +92,7 @@ BAD_SAMPLE = {
     "--sampler euler": ("euler", "ancestral", "ddim", "dpm_solver"),
     "--sampling-timesteps 13": ("between 1 and num_timesteps = 12", "got 13"),
     "--sampler ddim --eta 1.5": ("eta must be between 0 and 1", "got 1.5"),
-    "--eta 0.5": ("--eta", "0 unless --sampler is ddim or dpm_solver", "got 0.5"),
+    "--eta 0.5": ("--eta", "0 unless --sampler is ddim, dpm_solver or dpm_solver_3m", "got 0.5"),
     "--labels 10": ("--labels", "between 0 and 9", "got 10"),
     "--labels 7 7 3": ("--labels", "left out unless the run is --conditional", "(7, 7, 3)"),
     "--guidance-scale 2": ("--guidance-scale", "1 unless the run is --conditional", "got 2"),

@@ -47,7 +47,7 @@ def test_x_0_survives_the_round_trip_at_both_ends(variant, make, target_type, T,
 
     back = round_trip(x_0, eps)
     chex.assert_equal_shape([back, x_0])
-    lost = 1 / schedule.sqrt_alpha_bar[np.array([1, T])] / schedule.sqrt_one_minus_alpha_bar[np.array([1, T])]
+    lost = 1 / schedule.signal[np.array([1, T])] / schedule.noise[np.array([1, T])]
     for i in range(2):
         np.testing.assert_allclose(back[i], x_0[i], atol=1e-6 * lost[i])
 
@@ -65,7 +65,7 @@ def test_float32_keeps_the_noise_of_the_first_step():
     schedule = dj.cosine_schedule(4000)
     x_1 = dj.q_sample(schedule, column(0), jnp.array([1]), column(1))
     assert x_1.dtype == jnp.float32
-    np.testing.assert_allclose(x_1[0, 0], schedule.sqrt_one_minus_alpha_bar[1], rtol=1e-6)
+    np.testing.assert_allclose(x_1[0, 0], schedule.noise[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -75,8 +75,8 @@ def test_a_perfect_prediction_has_no_loss(variant, keys, shape, target_type):
     schedule = dj.cosine_schedule(20)
 
     def perfect(x_t, t):
-        s = jnp.asarray(schedule.sqrt_one_minus_alpha_bar, jnp.float32)[t].reshape(-1, *(1,) * len(shape))
-        a = jnp.asarray(schedule.sqrt_alpha_bar, jnp.float32)[t].reshape(-1, *(1,) * len(shape))
+        s = jnp.asarray(schedule.noise, jnp.float32)[t].reshape(-1, *(1,) * len(shape))
+        a = jnp.asarray(schedule.signal, jnp.float32)[t].reshape(-1, *(1,) * len(shape))
         return {"pred_x_0": 0 * x_t, "pred_eps": x_t / s, "pred_v": a * x_t / s}[target_type]
 
     loss = variant(lambda x, keys: dj.diffusion_loss(schedule, perfect, x, keys, target_type))(jnp.zeros((8, *shape)), keys)
@@ -147,7 +147,7 @@ def test_clip_bounds_x_0_hat_only(variant):
 def test_unknown_choices_are_named(keys):
     x = jnp.zeros((8, 2))
     predict = lambda x_t, t: x_t  # noqa: E731
-    with pytest.raises(ValueError, match=r"target_type must be one of pred_x_0, pred_eps, pred_v; got 'x0'"):
+    with pytest.raises(ValueError, match=r"target_type must be one of pred_x_0, pred_eps, pred_v, pred_u, edm; got 'x0'"):
         dj.make_denoiser(TWO_STEPS, predict, "x0")
     with pytest.raises(ValueError, match="got 'noise'"):
         dj.convert(TWO_STEPS, x, x, jnp.ones(8, int), "pred_eps", "noise")

@@ -63,7 +63,7 @@ WRONG = {
         lambda: dj.UNet(1, 4, (1,), num_classes=3).init(KEYS[0], jnp.zeros((4, 4, 4, 1)), T, T[:1]),
         r"shape \(4,\), got 3 and \(1,\)",
     ),
-    "timesteps that are not whole": (lambda: dj.q_sample(SCHEDULE, X, T + 0.5, X), r"[Ii]nteger"),
+    "times that are not real": (lambda: dj.q_sample(SCHEDULE, X, T + 0.5j, X), r"[Rr]eal|complex"),
     "bytes instead of numbers": (lambda: dj.diffusion_loss(SCHEDULE, same, X.astype(jnp.uint8), KEYS), r"uint8"),
     "one key instead of one for each": (lambda: dj.sample(same, dj.ddim_table(SCHEDULE), KEYS[0], (2,)), r"rank|0-d|scalar"),
     "a clip that is not positive": (lambda: dj.make_denoiser(SCHEDULE, same, clip=-1.0), r"clip must be positive .* got -1"),

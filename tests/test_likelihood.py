@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from ho import alpha_bar_of, beta_of
 
 import diffusion_jax as dj
 from diffusion_jax import likelihood
@@ -34,7 +35,7 @@ def test_each_term_is_the_divergence_by_quadrature(sigma_type):
         bits = dj.bound_bits(schedule, lambda x, _: x_0_hat, x_0, times, jnp.array([[0.3], [1.0]]), sigma_type)
         x_t = dj.q_sample(schedule, x_0, times, jnp.array([[0.3], [1.0]]))
         (mean_q, w), (mean_p, _) = dj.posterior(schedule, x_0, x_t, times), dj.posterior(schedule, x_0_hat, x_t, times)
-        variance = schedule.beta[t] if sigma_type == "upper_bound" else float(w[0])
+        variance = beta_of(schedule)[t] if sigma_type == "upper_bound" else float(w[0])
         for i in range(2):
             q = scipy.stats.norm(float(mean_q[i, 0]), float(w[0]) ** 0.5)
             p = scipy.stats.norm(float(mean_p[i, 0]), variance**0.5)
@@ -58,7 +59,7 @@ def test_the_bound_is_just_above_the_entropy_of_data_that_is_known(sigma_type, s
     schedule, entropy = dj.schedule_from_beta(np.geomspace(1e-6, 0.2, 400)), 0.25 * 2 + 0.75 * np.log2(4 / 3)
 
     def denoise(x_t, t):
-        a, s = (jnp.asarray(column)[t][:, None] for column in (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar))
+        a, s = (jnp.asarray(column)[t][:, None] for column in (schedule.signal, schedule.noise))
         return jnp.tanh(a * x_t / s**2 + jnp.log(3.0) / 2)
 
     key, white_key = jax.random.split(jax.random.key(0))
@@ -70,7 +71,7 @@ def test_the_bound_is_just_above_the_entropy_of_data_that_is_known(sigma_type, s
 
 
 def test_a_variance_without_a_likelihood_is_refused():
-    with pytest.raises(ValueError, match="upper_bound, lower_bound or learned for a likelihood, got 'zero'"):
+    with pytest.raises(ValueError, match="one of upper_bound, fixed_large, lower_bound, learned; got 'zero'"):
         dj.bound_bits(dj.cosine_schedule(3), lambda x, t: x, jnp.zeros((1, 2)), jnp.array([1]), jnp.zeros((1, 2)), "zero")
 
 
@@ -89,7 +90,7 @@ def test_a_learned_variance_lies_between_its_bounds_in_log_space():
         if t > 1:
             _, w = dj.posterior(schedule, x_0, x_0, jnp.array([t]))
             mean_q, mean_p = (dj.posterior(schedule, x, x_0, jnp.array([t]))[0].item() for x in (x_0, x_0_hat))
-            c_2 = np.sqrt(schedule.beta[t] * w.item())
+            c_2 = np.sqrt(beta_of(schedule)[t] * w.item())
             expected = (np.log(c_2 / w.item()) + (w.item() + (mean_q - mean_p) ** 2) / c_2 - 1) / 2 / np.log(2)
             np.testing.assert_allclose(bits[1], [expected], rtol=2e-4)
 
@@ -103,18 +104,18 @@ def test_the_bound_is_least_at_the_variance_that_the_error_has():
     with jax.enable_x64(True):
         x_0, eps = (jnp.asarray(part)[:, None] for part in (v**0.5 * normal[0], normal[1]))
         for t in range(2, 9):
-            a, s = schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t]
+            a, s = schedule.signal[t], schedule.noise[t]
             times = jnp.full(len(weights), t)
             gain = a * v / (a**2 * v + s**2)
-            alpha_bar = schedule.alpha_bar[t - 1]
-            w = schedule.beta[t] * (1 - alpha_bar) / s**2
-            best = w + alpha_bar * schedule.beta[t] ** 2 / s**4 * (v - gain * a * v)
+            alpha_bar = alpha_bar_of(schedule)[t - 1]
+            w = beta_of(schedule)[t] * (1 - alpha_bar) / s**2
+            best = w + alpha_bar * beta_of(schedule)[t] ** 2 / s**4 * (v - gain * a * v)
 
             def expected_bits(f, gain=gain, times=times):
                 denoise = lambda x_t, t: (gain * x_t, jnp.full(x_t.shape, f))  # noqa: E731
                 return weights @ dj.bound_bits(schedule, denoise, x_0, times, eps, "learned")
 
-            f = np.log(best / w) / np.log(schedule.beta[t] / w)
+            f = np.log(best / w) / np.log(beta_of(schedule)[t] / w)
             assert 0 < f < 1
             assert abs(float(jax.grad(expected_bits)(f))) < 1e-10 < abs(float(jax.grad(expected_bits)(f + 0.05)))
 
@@ -165,7 +166,7 @@ def test_the_bound_from_one_drawn_t_is_right_on_average_and_varies_less_than_at_
     eps, keys = jax.random.normal(jax.random.key(2), (n, 1)), jax.random.split(jax.random.key(0), n)
 
     def predict(x_t, t):
-        a, s = jnp.asarray(schedule.sqrt_alpha_bar)[t][:, None], jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[t][:, None]
+        a, s = jnp.asarray(schedule.signal)[t][:, None], jnp.asarray(schedule.noise)[t][:, None]
         return a * v / (a**2 * v + s**2) * x_t, jnp.full(x_t.shape, 0.5)
 
     terms = jax.jit(lambda t: dj.bound_bits(schedule, predict, x_0, jnp.full(n, t), eps, "learned"))
@@ -177,7 +178,7 @@ def test_the_bound_from_one_drawn_t_is_right_on_average_and_varies_less_than_at_
 
     estimates = np.asarray(jax.jit(lambda keys: dj.bound_loss(schedule, predict_v, x_0, keys, "pred_v"))(keys), np.float64)
     assert abs(estimates.mean() - all_terms.sum(0).mean()) < 4 * estimates.std() / n**0.5
-    probabilities = likelihood.importance(schedule)
+    probabilities = dj.time_density(schedule, "importance")
     np.testing.assert_allclose(probabilities.sum(), 1)
     uniform = 50 * all_terms[np.arange(n) % 50, np.arange(n)]
     assert estimates.var() < 0.5 * uniform.var()
@@ -187,19 +188,19 @@ def test_t_is_drawn_in_proportion_to_the_terms_of_standard_normal_data():
     """Whose best network knows x_0 up to N(0, 1 - alpha_bar_t), and x_{t-1} up to N(0, beta_t)."""
     schedule = dj.cosine_schedule(30)
     levels = np.arange(-600, 600) / 127.5
-    mass = np.diff(scipy.stats.norm.cdf(levels / schedule.beta[1] ** 0.5))
+    mass = np.diff(scipy.stats.norm.cdf(levels / beta_of(schedule)[1] ** 0.5))
     entropy = -np.sum(mass[mass > 0] * np.log(mass[mass > 0]))
     terms = []  # the mean divergence of the posterior, of variance w, from N(k x_t + m x_0_hat, beta)
     for t in range(2, 31):
-        beta, left, before = schedule.beta[t], 1 - schedule.alpha_bar[t], 1 - schedule.alpha_bar[t - 1]
+        beta, left, before = beta_of(schedule)[t], 1 - alpha_bar_of(schedule)[t], 1 - alpha_bar_of(schedule)[t - 1]
         w = (
             beta * before / left
         )  # of N(., w + m^2 left) from N(., beta), which are one: the divergence of w from beta on average
-        m = schedule.alpha_bar[t - 1] ** 0.5 * beta / left
+        m = alpha_bar_of(schedule)[t - 1] ** 0.5 * beta / left
         terms.append((np.log(beta / w) + (w + m**2 * left) / beta - 1) / 2)
-    shares = (likelihood.importance(schedule) - 0.1 / 30) / 0.9
+    shares = (dj.time_density(schedule, "importance") - 0.1 / 30) / 0.9
     np.testing.assert_allclose(shares / shares[1], np.append(entropy, terms) / terms[0], rtol=1e-3)
-    narrow = likelihood.importance(dj.schedule_from_beta(np.array([1e-8, 0.5])))  # far less noise than a level
+    narrow = dj.time_density(dj.schedule_from_beta(np.array([1e-8, 0.5])), "importance")  # far less noise than a level
     np.testing.assert_allclose(narrow, [0.05, 0.95])
 
 

@@ -5,13 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ho import beta_of
 
 import diffusion_jax as dj
 
 T, M, V = 6, 0.8, 0.3
 SCHEDULE = dj.cosine_schedule(T)
 TARGETS = ("pred_x_0", "pred_eps", "pred_v")
-ALPHA_BAR = np.array([np.prod(1 - SCHEDULE.beta[: t + 1]) for t in range(1, T + 1)])
+ALPHA_BAR = np.array([np.prod(1 - beta_of(SCHEDULE)[: t + 1]) for t in range(1, T + 1)])
 LEFT = 1 / (1 / V + ALPHA_BAR / (1 - ALPHA_BAR))  # Var[x_0 | x_t], from adding precisions
 ERROR_VARIANCE = {  # eps = (x_t - a x_0) / s and v = (a x_t - x_0) / s, each with x_t known
     "pred_x_0": LEFT,

@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 
 import diffusion_jax as dj
+from diffusion_jax.diffusion import look_up
 
 WEIGHTS, MEANS, VARIANCES = (0.3, 0.7), (-1.2, 0.6), (0.35**2, 0.5**2)
 SAMPLERS = {
@@ -27,7 +28,7 @@ def best_denoiser(schedule: dj.NoiseSchedule):
     """E[x_0 | x_t]: the components' linear denoisers, weighted by their shares in the density of x_t."""
 
     def denoise(x_t, t):
-        a, s = jnp.asarray(schedule.sqrt_alpha_bar)[t][:, None], jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[t][:, None]
+        a, s = (look_up(column, t, x_t)[:, None] for column in schedule)
         logits, means = [], []
         for weight, mean, variance in zip(WEIGHTS, MEANS, VARIANCES, strict=True):
             total = a**2 * variance + s**2
@@ -123,7 +124,7 @@ def test_deterministic_samplers_converge_at_their_order(make_table, order):
         for S in lengths:
             table = make_table(schedule, sampling_timesteps=int(S))
             path = np.asarray(dj.sample_trajectory(best_denoiser(schedule), table, keys, (500,)))
-            exact = inverse(distribution(path[-1], schedule.sqrt_alpha_bar[-1], schedule.sqrt_one_minus_alpha_bar[-1]))
+            exact = inverse(distribution(path[-1], schedule.signal[-1], schedule.noise[-1]))
             errors.append(np.sqrt(np.mean((path[0] - exact) ** 2)))
     slope = np.polyfit(np.log(lengths), np.log(errors), 1)[0]
     assert -slope == pytest.approx(order, abs=0.2)

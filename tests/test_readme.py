@@ -29,10 +29,9 @@ def test_it_is_changed_as_the_readme_says():
         assert len(block.splitlines()) < 15
     exec(schedule + sampler, names)
     schedule, table = names["schedule"], names["churned_table"](names["schedule"], 0.5, 10)
-    alpha_bar_s = schedule.alpha_bar[np.append(table.t[1:], 0)]
-    np.testing.assert_allclose(table.a * schedule.sqrt_alpha_bar[table.t] + table.b, alpha_bar_s**0.5)
-    kept = table.a**2 * (1 - schedule.alpha_bar[table.t]) + table.c**2
-    np.testing.assert_allclose(kept, 1 - alpha_bar_s, atol=1e-12)
+    (signal_t, noise_t), (signal_s, noise_s) = schedule.at(table.t), schedule.at(np.append(table.t[1:], 0))
+    np.testing.assert_allclose(table.a * signal_t + table.b, signal_s)
+    np.testing.assert_allclose(table.a**2 * noise_t**2 + table.c**2, noise_s**2, atol=1e-12)
     names |= {"x_0": jnp.ones((4, 2)), "keys": jax.random.split(jax.random.key(0), 4)}
     names["params"] = {"w": jnp.zeros((2, 2)), "b": jnp.zeros((1, 2))}
     exec(network, names)

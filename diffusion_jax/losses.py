@@ -1,0 +1,150 @@
+"""The training loss: where it looks in time, the distance of a prediction to its target, and its weights.
+
+Training minimizes E |prediction - y|^2 over t, eps and the data [Ho et al. 2020, eq. 14], y of eq. 4. Its t is uniform on 1..T,
+or has a density, a table of probabilities of t = 1..T, from which `draw_times` draws:
+
+    uniform
+    log_normal     log(noise / signal) ~ N(-1.2, 1.2^2)                             [Karras et al. 2022, table 1]
+    logit_normal   log(t / (T - t)) ~ N(0, 1)                                       [Esser et al. 2024, sec. 3.1]
+    importance     of least variance for the variational bound (likelihood.py)      [Nichol & Dhariwal 2021, sec. 3.3]
+"""
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, Real
+from scipy.special import logit, ndtr
+
+from diffusion_jax.diffusion import (
+    Predict,
+    Target,
+    as_column,
+    check_choice,
+    check_shape,
+    float_dtype,
+    look_up,
+    posterior_coefficients,
+    q_sample,
+    signal_and_noise,
+    target_columns,
+    with_fraction,
+)
+from diffusion_jax.schedules import NoiseSchedule
+
+LossType = Literal["l2", "l1"]
+TimeDensity = Literal["uniform", "log_normal", "logit_normal", "importance"]
+LOG_SIGMA_MEAN, LOG_SIGMA_DEVIATION = -1.2, 1.2
+
+
+def diffusion_loss(
+    schedule: NoiseSchedule,
+    predict: Predict,
+    x_0: Float[Array, "B *shape"],
+    keys: Key[Array, " B"],
+    target_type: Target = "pred_eps",
+    loss_type: str = "l2",
+    weight: Float[np.ndarray, " times"] | None = None,
+    t: Real[Array, " B"] | None = None,
+) -> Float[Array, "B *shape"]:
+    """The unreduced training loss of each example, at its own t and eps ~ N(0, I) [Ho et al. 2020, eq. 14].
+
+    t is uniform on 1..T unless given, for example by `draw_times`. Each example's t and eps come from its own key, so they do
+    not depend on which batch or device it is in. The loss itself is `loss_at`, times weight[t] of a table over t = 0..T.
+    Raises ValueError on an unknown type or a table of another length.
+    """
+    t, eps = draw_time_and_noise(schedule, x_0, keys, t)
+    return weighted(schedule, weight, t, loss_at(schedule, predict, x_0, t, eps, target_type, loss_type))
+
+
+def loss_at(
+    schedule: NoiseSchedule,
+    predict: Predict,
+    x_0: Float[Array, "B *shape"],
+    t: Real[Array, " B"],
+    eps: Float[Array, "B *shape"],
+    target_type: Target = "pred_eps",
+    loss_type: str = "l2",
+) -> Float[Array, "B *shape"]:
+    """The distance of the network's prediction at x_t (eq. 1) to its target (eq. 4), per element and unweighted.
+
+    "l2" is half the squared error, "l1" the absolute error. Raises ValueError on an unknown type, or unless eps and the
+    prediction have x_0's shape.
+    """
+    check_choice("loss_type", loss_type, get_args(LossType))
+    p, q = target_columns(target_type, *signal_and_noise(schedule, t, x_0))
+    prediction, _ = with_fraction(predict(q_sample(schedule, x_0, t, eps), t))
+    check_shape("prediction", prediction, x_0)
+    target = p * x_0 + q * eps
+    error = (prediction - target).astype(jnp.promote_types(float_dtype(target), jnp.float32))
+    return error**2 / 2 if loss_type == "l2" else jnp.abs(error)
+
+
+def min_snr_weight(schedule: NoiseSchedule, target_type: Target = "pred_eps", cap: float = 5.0) -> Float[np.ndarray, " times"]:
+    """The weights that make a squared loss that of x_0 times min(SNR_t, cap), SNR_t = signal_t^2 / noise_t^2.
+
+    So small t, where SNR_t is huge and x_0 all but seen, do not take the network from the others [Hang et al. 2023].
+    Raises ValueError on an unknown type or a cap that is not positive.
+    """
+    if not cap > 0:
+        raise ValueError(f"cap must be positive, got {cap}")
+    signal, noise = schedule
+    p, q = target_columns(target_type, signal, noise)
+    det = signal * q - noise * p  # by eq. 5 an error of y is one of x_0 times det / noise
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weight = np.minimum(signal**2, cap * noise**2) / det**2
+    return np.where(det == 0, np.where(noise == 0, cap, 1.0), weight)  # the limits of x_0 and of eps
+
+
+def weighted(schedule: NoiseSchedule, weight: Any, t: Array, loss: Array) -> Array:
+    """The loss times weight[t]. Raises ValueError unless the weights are a table over t = 0..T."""
+    if weight is None:
+        return loss
+    if np.shape(weight) != (schedule.num_timesteps + 1,):
+        raise ValueError(f"weight must have the shape {(schedule.num_timesteps + 1,)}, for t = 0..T, got {np.shape(weight)}")
+    return as_column(look_up(weight, t, loss), loss.ndim) * loss
+
+
+def draw_time_and_noise(
+    schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], keys: Key[Array, " B"], t: Real[Array, " B"] | None = None
+) -> tuple[Real[Array, " B"], Float[Array, "B *shape"]]:
+    """t as given or else uniform on 1..T, and eps, for each example from its key."""
+    t_keys, eps_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], jnp.result_type(x_0)))(eps_keys)
+    if t is None:
+        t = jax.vmap(lambda key: jax.random.randint(key, (), 1, schedule.num_timesteps + 1, jnp.int32))(t_keys)
+    return t, eps
+
+
+def time_density(schedule: NoiseSchedule, density: str) -> Float[np.ndarray, " T"]:
+    """The probabilities of t = 1..T: "uniform", "log_normal", "logit_normal" or "importance", as above.
+
+    "importance" is in proportion to the mean of each term of the variational bound, which is known beforehand for the best
+    network for data N(0, I), and a tenth is spread over all t. [Nichol & Dhariwal 2021, eq. 18] take the root of each term's
+    mean square, followed during training. Raises ValueError on an unknown density.
+    """
+    check_choice("density", density, get_args(TimeDensity))
+    times = np.arange(1, schedule.num_timesteps + 1)
+    if density == "uniform":
+        return np.full(len(times), 1 / len(times))
+    if density == "importance":
+        _, _, w, unknown = posterior_coefficients(schedule, times, times - 1)
+        last = np.log(127.5 * np.sqrt(2 * np.pi * np.e * unknown[0]))  # nats of N(0, unknown) in levels 1 / 127.5 apart
+        expected = np.append(max(last, 0), np.log(unknown[1:] / w[1:]) / 2)
+        return 0.9 * expected / expected.sum() + 0.1 / len(expected)
+    if density == "log_normal":
+        log_sigma = np.log(schedule.sigma[1:])
+        edges = ((log_sigma[1:] + log_sigma[:-1]) / 2 - LOG_SIGMA_MEAN) / LOG_SIGMA_DEVIATION
+    else:
+        edges = logit((times[1:] - 0.5) / schedule.num_timesteps)
+    return np.diff(ndtr(np.concatenate([[-np.inf], edges, [np.inf]])))
+
+
+def draw_times(probabilities: Float[np.ndarray, " T"], u: Float[Array, " B"]) -> Int[Array, " B"]:
+    """t of 1..T with these probabilities, from u uniform on [0, 1): the inverse of their distribution.
+
+    For low discrepancy over a batch of B, let u_i = (u_0 + i / B) modulo 1 [Kingma et al. 2021, app. I.1].
+    """
+    above = jnp.asarray(np.cumsum(probabilities)[:-1] / np.sum(probabilities), u.dtype)
+    return 1 + jnp.searchsorted(above, u, side="right").astype(jnp.int32)

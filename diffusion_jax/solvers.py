@@ -1,0 +1,157 @@
+"""Solvers of higher order for the probability flow, each a table for the loop of `sampling.py` (docs/derivation.md).
+
+In lambda = log(signal / noise), with h = lambda_s - lambda_t, the flow from t to s has the exact solution [Lu et al. 2022]
+
+    x_s = noise_s / noise_t x_t + signal_s (1 - e^-h) mean(x_0_hat),                (10)
+
+the mean over the step theta = (lambda - lambda_t) / h in 0..1 with the density e^(h theta). DDIM takes x_0_hat of its
+beginning. Here it is a polynomial through x_0_hat at several times, so the mean is a weighted sum, whose weights are known
+beforehand. Where h is infinite, at the last step and at a first one without signal, a step is DDIM's, and the first steps and
+the last have lower orders, since there is nothing before them or nothing left to gain.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from diffusion_jax.sampling import MEMORY, SamplerTable, Steps, as_times, ddim_steps, make_table
+from diffusion_jax.schedules import NoiseSchedule
+
+
+def dpm_solver_table(
+    schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: Steps = None, order: int = 2
+) -> SamplerTable:
+    """DPM-Solver++(2M) [Lu et al. 2022, alg. 2], or 3M with `order` 3; its SDE form at eta = 1, with DDIM's noise for any eta.
+
+    Two values of x_0_hat are weighted as at the middle of the step, which is theirs, and three exactly. Raises ValueError on
+    eta outside [0, 1], on another order than 1, 2 or 3, or on steps outside 1..T.
+    """
+    return multistep_table(schedule, as_times(schedule, sampling_timesteps), eta, order)
+
+
+def unipc_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None, order: int = 2) -> SamplerTable:
+    """UniPC [Zhao et al. 2023, alg. 5-8, with B(h) = e^h - 1], of order 2 or 3: a step corrected by x_0_hat at its end.
+
+    The next step needs that anyway, so it costs no network call. Raises ValueError as `dpm_solver_table` does.
+    """
+    return multistep_table(schedule, as_times(schedule, sampling_timesteps), 0.0, order, corrects=True)
+
+
+def multistep_table(
+    schedule: NoiseSchedule, times: Float[np.ndarray, " times"], eta: float, order: int, corrects: bool = False
+) -> SamplerTable:
+    """Steps through the times with x_0_hat of the last `order` of them; the times may also go up if eta = 0 (eq. 10)."""
+    _check_order(order)
+    table = ddim_steps(schedule, times, eta)
+    lambdas, signal = _lambda(schedule, times), schedule.at(times)[0]
+    with np.errstate(divide="ignore"):  # h, or for eta > 0 what takes its place: e^-z = a signal_t / signal_s
+        z = -np.log(table.a * signal[:-1] / signal[1:])
+    weights, steps = np.zeros((len(table.t), 1 + MEMORY)), len(table.t)
+    before = None
+    for i in range(steps):
+        nodes = _nodes(lambdas, i, order)
+        mean = _weights(nodes, z[i])
+        weights[i, : len(nodes)] = table.b[i] * mean
+        if corrects and before is not None:
+            corrected = _weights(np.append(1.0, before[0]), z[i - 1])
+            corrected[1:] -= before[1]
+            weights[i, : len(corrected)] += table.a[i] * table.b[i - 1] * corrected
+        before = (nodes, mean) if np.isfinite(z[i]) else None
+    return table._replace(b=weights[:, 0], d=weights[:, 1:])
+
+
+def deis_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None, order: int = 3) -> SamplerTable:
+    """DEIS [Zhang & Chen 2023, eq. 15, with polynomials in log(noise / signal)]: eps_hat in place of x_0_hat.
+
+    In sigma = noise / signal the flow is x_s / signal_s = x_t / signal_t + the integral of eps_hat over sigma.
+    Raises ValueError as `dpm_solver_table` does.
+    """
+    _check_order(order)
+    times = as_times(schedule, sampling_timesteps)
+    table, lambdas = ddim_steps(schedule, times), _lambda(schedule, times)
+    signal, noise = schedule.at(times)
+    for i in range(1, len(table.t) - 1):
+        nodes = _nodes(lambdas, i, order)
+        weights = _weights(nodes, lambdas[i] - lambdas[i + 1], exact=True)
+        step = noise[i + 1] - signal[i + 1] * noise[i] / signal[i]
+        table.a[i] += step * (weights[0] - 1) / noise[i]
+        table.b[i] -= step * (weights[0] - 1) * signal[i] / noise[i]
+        table.d[i, : len(nodes) - 1] = step * weights[1:]
+    return table._replace(e=1 / noise[:-1], f=-signal[:-1] / noise[:-1])
+
+
+def heun_table(
+    schedule: NoiseSchedule,
+    sampling_timesteps: Steps = None,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, np.inf),
+    churn_noise: float = 1.0,
+) -> SamplerTable:
+    """Heun's method with `churn` [Karras et al. 2022, alg. 1-2]: S steps of two network calls each, but one for the last.
+
+    The second row of a step corrects it with x_0_hat at its end, by (10) in sigma: with ratio = sigma_s / sigma_t,
+
+        x_s += k (x_0_hat - x_0_hat_before),   k = signal_s (1 - ratio) / (2 ratio)                     (11)
+
+    Churn raises sigma by the factor 1 + min(churn / S, sqrt(2) - 1) before each step from a sigma in `churn_range`, with noise
+    `churn_noise` times as large as that takes, which the row before adds. Not beyond t = T, and so not before the first step.
+    Raises ValueError on a negative churn or on steps outside 1..T.
+    """
+    if not churn >= 0:
+        raise ValueError(f"churn must be at least 0, got {churn}")
+    times = as_times(schedule, sampling_timesteps)
+    factor = 1 + min(churn / (len(times) - 1), np.sqrt(2) - 1)
+    rows: list[list[Any]] = []  # t, a, b, c, d_1
+    for t, s in pairwise(times):
+        signal, noise = schedule.at(t)
+        if churn and rows and churn_range[0] <= noise / signal <= churn_range[1]:
+            t = float(np.float32(schedule.time_of(factor * noise / signal)))
+            raised, high = schedule.at(t)
+            up = raised / signal
+            deviation = churn_noise * np.sqrt(max(high**2 - (up * noise) ** 2, 0.0))
+            at, a, b, c, d = rows[-1]
+            rows[-1] = [at, up * a, up * b, float(np.hypot(up * c, deviation)), up * d]
+            signal, noise = raised, high
+        signal_s, noise_s = schedule.at(s)
+        rows.append([t, noise_s / noise, signal_s - noise_s / noise * signal, 0.0, 0.0])
+        if noise_s > 0 and signal > 0:
+            k = (signal_s**2 * noise / (signal * noise_s) - signal_s) / 2
+            rows.append([s, 1.0, k, 0.0, -k])
+    t, a, b, c, d = np.array(rows).T
+    return make_table(schedule, t, a, b, c, d=np.pad(d[:, None], [(0, 0), (0, MEMORY - 1)]))
+
+
+def _check_order(order: int) -> None:
+    if order not in (1, 2, 3):
+        raise ValueError(f"order must be 1, 2 or 3, got {order}")
+
+
+def _lambda(schedule: NoiseSchedule, times: Float[np.ndarray, " times"]) -> Float[np.ndarray, " times"]:
+    signal, noise = schedule.at(times)
+    with np.errstate(divide="ignore"):
+        return np.log(signal) - np.log(noise)
+
+
+def _nodes(lambdas: Float[np.ndarray, " times"], i: int, order: int) -> Float[np.ndarray, " used"]:
+    """theta of x_0_hat at the beginning of step i and before it, as many as the order allows and the steps left are worth."""
+    used = lambdas[i - np.arange(min(order, i + 1, len(lambdas) - 1 - i))]
+    used = used[np.isfinite(used) | (used == lambdas[i])]
+    return (used - lambdas[i]) / (lambdas[i + 1] - lambdas[i]) if len(used) > 1 else np.zeros(1)
+
+
+def _weights(nodes: Float[np.ndarray, " n"], z: float, exact: bool = False) -> Float[np.ndarray, " n"]:
+    """w with sum_j w_j P(node_j) = the mean of P over 0..1 with the density e^(z theta), for polynomials P of degree < n.
+
+    For two nodes unless `exact`, P's mean is taken to be its value at the middle, as the authors of UniPC and 2M do.
+    """
+    if len(nodes) == 1:
+        return np.ones(1)
+    points, density = np.polynomial.legendre.leggauss(48)
+    theta, powers = (1 + points) / 2, np.arange(len(nodes))
+    density = density * np.exp(z * theta - max(z, 0))
+    moments = density @ theta[:, None] ** powers / density.sum()
+    if len(nodes) == 2 and not exact:
+        moments[1] = 1 / 2
+    return np.linalg.solve(nodes[None, :] ** powers[:, None], moments)

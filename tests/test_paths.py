@@ -1,0 +1,333 @@
+"""Every solver on every path: its order of convergence, the law that paths share, targets, float32, one compiled program."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+from walks import best_x_0_hat, denoiser, walk
+
+import diffusion_jax as dj
+from diffusion_jax.diffusion import look_up
+
+T = 1000
+PATHS = {
+    "linear": dj.linear_schedule(T),
+    "cosine": dj.cosine_schedule(T),
+    "flow": dj.flow_schedule(T),
+    "exploding": dj.variance_exploding_schedule(T),
+    "neither": dj.schedule_from_columns(1 / (1 + np.arange(T + 1) / T), np.arange(T + 1) ** 2 / (20 * T)),
+}
+SOLVERS = {
+    "ddim": (dj.ddim_table, 1),
+    "dpm solver": (dj.dpm_solver_table, 2),
+    "dpm solver 3m": (partial(dj.dpm_solver_table, order=3), 3),
+    "heun": (dj.heun_table, 2),
+    "unipc 2": (dj.unipc_table, 3),
+    "unipc 3": (partial(dj.unipc_table, order=3), 4),
+    "deis 2": (partial(dj.deis_table, order=2), 2),
+    "deis 3": (dj.deis_table, 3),
+}
+STOCHASTIC = {
+    **{name: partial(dj.ancestral_table, sigma_type=name) for name in ("upper_bound", "lower_bound")},
+    "ddim 0.5": partial(dj.ddim_table, eta=0.5),
+    "dpm solver sde": partial(dj.dpm_solver_table, eta=1.0),
+    "dpm solver 3m sde": partial(dj.dpm_solver_table, eta=1.0, order=3),
+    "heun with churn": partial(dj.heun_table, churn=10.0, churn_range=(0.05, 50.0)),
+}
+EVERY_PATH = pytest.mark.parametrize("path", PATHS)
+TARGETS = ("pred_x_0", "pred_eps", "pred_v", "pred_u", "edm")
+START = np.random.default_rng(5).standard_normal((40, 2))
+
+
+def times_between(schedule: dj.NoiseSchedule, high: float, low: float, steps: int) -> np.ndarray:
+    """So many steps, evenly spaced in the log-SNR, and one to 0."""
+    return np.append(schedule.time_of(np.geomspace(high, low, steps + 1)), 0)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """exact(v, high, low): v = x_t / signal taken along the probability flow from one noise-to-signal ratio to another."""
+
+    def flow(log_sigma, v):
+        return (v.reshape(-1, 2) - best_x_0_hat(v.reshape(-1, 2), np.exp(log_sigma))).ravel()
+
+    def solve(v, high, low):
+        span = np.log(high), np.log(low)
+        return scipy.integrate.solve_ivp(flow, span, v.ravel(), "DOP853", rtol=1e-12, atol=1e-13).y[:, -1].reshape(-1, 2)
+
+    return solve
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("name", SOLVERS)
+def test_order_of_convergence(path, name, exact):
+    schedule, (make_table, order) = PATHS[path], SOLVERS[name]
+    errors, lengths = [], np.array([80, 160, 320])
+    for steps in lengths:
+        times = np.float64(np.float32(times_between(schedule, 20, 0.05, steps)))
+        (signal, noise), table = schedule.at(times), make_table(schedule, sampling_timesteps=times)
+        at_low = {len(times) - 1: -2, 2 * len(times) - 3: -2}[len(table.t)]
+        v = walk(table, denoiser(schedule), signal[0] * 20 * START)[at_low] / signal[-2]
+        errors.append(np.sqrt(np.mean((v - exact(20 * START, noise[0] / signal[0], noise[-2] / signal[-2])) ** 2)))
+    slope = -np.polyfit(np.log(lengths), np.log(errors), 1)[0]
+    assert slope == pytest.approx(order, abs=0.45 if name == "unipc 3" else 0.25)
+    assert errors[-1] < {1: 2e-2, 2: 2e-4, 3: 1e-5, 4: 1e-6}[order]
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "heun with churn"])
+def test_one_log_snr_grid_gives_the_same_samples_on_every_path(name):
+    """Rows of the same noise-to-signal ratios, the best denoiser: x_t / signal is the same, to float32's last digits."""
+    make_table = STOCHASTIC[name] if name in STOCHASTIC else SOLVERS[name][0]
+    sigma = np.append(0.0, np.geomspace(0.02, 30, 40))
+    signals = {"preserving": 1 / np.sqrt(1 + sigma**2), "flow": 1 / (1 + sigma), "exploding": np.ones(41)}
+    keys, results = jax.random.split(jax.random.key(0), 8), {}
+    for path, signal in signals.items():
+        schedule = dj.schedule_from_columns(signal, signal * sigma)
+
+        def denoise(x_t, t, schedule=schedule):
+            signal, noise = (look_up(column, t, x_t)[:, None] for column in schedule)
+            return mixture(x_t / signal, noise / signal)
+
+        table = make_table(schedule)
+        start = jnp.float32(signal[-1] * 30) * jax.random.normal(jax.random.key(1), (8, 2))
+        results[path] = np.asarray(dj.sample(denoise, table, keys, (2,), start))
+        assert np.all(np.isfinite(results[path]))
+    np.testing.assert_allclose(results["flow"], results["preserving"], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(results["exploding"], results["preserving"], rtol=2e-5, atol=2e-5)
+
+
+def mixture(v, ratio):
+    """E[x_0 | v] of 1/2 N(-1, 0.3^2) + 1/2 N(1, 0.3^2) in each coordinate."""
+    variance = 0.3**2 + ratio**2
+    side = jnp.tanh(v / variance)
+    return side + 0.3**2 / variance * (v - side)
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_samples_with_noise_have_the_datas_moments(path, name):
+    """Data N(m, v) on a line: the best denoiser is linear, so mean and variance follow the table exactly; no samples needed."""
+    m, v, schedule = 0.7, 0.5, PATHS[path]
+    errors = []
+    for steps in (40, 160):
+        times = times_between(schedule, schedule.sigma[np.isfinite(schedule.sigma)][-1], 0.01, steps)
+        mean, covariance = np.zeros(4), np.zeros((4, 4))
+        table = STOCHASTIC[name](schedule, sampling_timesteps=times)
+        covariance[0, 0] = table.scale[0] ** 2
+        for t, _, a, b, c, _, d, e, f in zip(*table, strict=True):
+            signal, noise = schedule.at(t)
+            gain = signal * v / (signal**2 * v + noise**2)
+            M = np.array([[a + b * gain, *d], [e + f * gain, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
+            mean = M @ mean + np.array([b, f, 0, 0]) * (m - gain * signal * m)
+            covariance = M @ covariance @ M.T + np.diag([c**2, 0, 0, 0])
+        errors.append([abs(mean[0] - m), abs(covariance[0, 0] - v)])
+    assert max(errors[1]) < 0.05
+    assert sum(errors[1]) < 0.6 * sum(errors[0]) or max(errors[0]) < 0.01
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("one", TARGETS)
+@pytest.mark.parametrize("other", TARGETS)
+def test_targets_convert_into_each_other(path, one, other):
+    """At rows, between them and at both ends, against x_0 and eps that are known."""
+    schedule = PATHS[path]
+    t = np.array([0.0, 0.4, 1, 250.75, 500, 999.5, 1000])
+    (signal, noise), eps = schedule.at(t), np.linspace(-2, 2, 7)
+    x_0 = np.linspace(1, -1.5, 7)
+    n = np.sqrt(noise**2 + 0.25 * signal**2)
+    values = {
+        "pred_x_0": x_0,
+        "pred_eps": eps,
+        "pred_v": signal * eps - noise * x_0,
+        "pred_u": eps - x_0,
+        "edm": noise * x_0 / (0.5 * n) - 0.5 * signal * eps / n,
+    }
+    with jax.enable_x64(True):
+        x_t, t, prediction = (jnp.asarray(value)[:, None] for value in (signal * x_0 + noise * eps, t, values[one]))
+        converted = np.asarray(dj.convert(schedule, prediction, x_t, t[:, 0], one, other))[:, 0]
+    p, q = {"pred_x_0": (1, 0), "pred_eps": (0, 1)}.get(one, (1, 1))
+    defined = (one == other) | ((noise * p > 0) | (q > 0)) & ((signal * q > 0) | (p > 0))
+    assert defined.sum() >= 5
+    np.testing.assert_allclose(converted[defined], values[other][defined], rtol=1e-7, atol=1e-8)
+
+
+def test_x_0_without_signal_is_refused_of_eps():
+    with pytest.raises(ValueError, match="x_0 does not follow from pred_eps where there is no signal"):
+        dj.make_denoiser(PATHS["flow"], lambda x_t, t: x_t, "pred_eps")
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0, 2.0])
+def test_edm_is_the_preconditioning_of_karras_et_al(sigma_data):
+    """Their D = c_skip x + c_out F on x = x_0 + sigma eps, whatever the path; at sigma_data = 1, F is -v."""
+    for schedule in PATHS.values():
+        t = jnp.array([30, 400, 990])
+        signal, noise = (column[np.array([30, 400, 990])] for column in schedule)
+        x_t, F = jax.random.normal(jax.random.key(0), (3, 2)), jax.random.normal(jax.random.key(1), (3, 2))
+        x, sigma = np.asarray(x_t) / signal[:, None], (noise / signal)[:, None]
+        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+        c_out = sigma * sigma_data / np.sqrt(sigma**2 + sigma_data**2)
+        target = partial(dj.edm_target, sigma_data=sigma_data)
+        x_0_hat = dj.make_denoiser(schedule, lambda x_t, t, F=F: F, target)(x_t, t)
+        np.testing.assert_allclose(x_0_hat, c_skip * x + c_out * np.asarray(F), rtol=1e-4, atol=1e-4)
+    p, q = dj.edm_target(*PATHS["cosine"], sigma_data=1.0)
+    np.testing.assert_allclose([p, q], [PATHS["cosine"].noise, -PATHS["cosine"].signal], atol=1e-12)
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("target_type", ["pred_x_0", "pred_v", "pred_u", "edm"])
+def test_min_snr_weighs_an_error_of_x_0(path, target_type):
+    """The loss of a prediction that is off by an error of x_0 is min(SNR, 5) times that error's, whatever the target."""
+    schedule, weight = PATHS[path], dj.min_snr_weight(PATHS[path], target_type)
+    rows = np.array([1, 10, 300, 700, 999])
+    signal, noise = (column[rows] for column in schedule)
+    with jax.enable_x64(True):
+        x_0, off = jnp.ones((5, 1)), jnp.full((5, 1), 1.1)
+        x_t, t = dj.q_sample(schedule, x_0, jnp.asarray(rows), x_0), jnp.asarray(rows)
+        right, wrong = (dj.convert(schedule, value, x_t, t, "pred_x_0", target_type) for value in (x_0, off))
+    loss = weight[rows] * np.asarray(wrong - right)[:, 0] ** 2
+    np.testing.assert_allclose(loss, np.minimum((signal / noise) ** 2, 5) * 0.01, rtol=1e-6)
+
+
+@EVERY_PATH
+def test_float32_bears_the_coefficients_of_coarse_grids(path):
+    """`sample` in float32 against the same walk in float64, in five steps of every solver, with noise left out."""
+    schedule, largest = PATHS[path], 0.0
+
+    def denoise(x_t, t):
+        signal, noise = (look_up(column, t, x_t)[:, None] for column in schedule)
+        return mixture(x_t / jnp.maximum(signal, 1e-9), noise / jnp.maximum(signal, 1e-9))
+
+    def in_float64(x_t, t):
+        signal, noise = schedule.at(t)
+        return np.asarray(mixture(x_t / max(signal, 1e-9), noise / max(signal, 1e-9)), np.float64)
+
+    draw = jax.jit(partial(dj.sample, denoise, shape=(2,)))
+    keys = jax.random.split(jax.random.key(0), len(START))
+    for make_table in (*[make_table for make_table, _ in SOLVERS.values()], *STOCHASTIC.values()):
+        for spacing in ("time", "log_snr", "karras"):
+            table = make_table(schedule, sampling_timesteps=dj.sampling_times(schedule, 5, spacing))
+            table = table._replace(c=np.zeros_like(table.c))
+            assert len(np.unique(table.t)) >= 5
+            largest = max(largest, np.abs(np.concatenate([table.a, table.b, table.d.ravel()])).max())
+            start = np.float32(table.scale[0] * START)
+            with jax.enable_x64(True):
+                expected = walk(table, in_float64, start.astype(np.float64))[-1]
+            drawn = draw(dj.padded(table, 12), keys, start=jnp.asarray(start))
+            np.testing.assert_allclose(drawn, expected, rtol=5e-4, atol=2e-4)
+    assert largest > 10
+
+
+def test_another_path_solver_spacing_and_number_of_steps_do_not_recompile():
+    traces = []
+
+    @jax.jit
+    def draw(schedule, table, keys):
+        traces.append(0)
+        denoise = dj.make_denoiser(schedule, lambda x_t, t: jnp.tanh(x_t) * 0.5, "pred_v")
+        return dj.sample(denoise, table, keys, (3,))
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    for schedule in PATHS.values():
+        for name in ("dpm solver", "heun", "unipc 3", "deis 3"):
+            for spacing, steps in (("time", 7), ("karras", 12)):
+                times = dj.sampling_times(schedule, steps, spacing)
+                table = dj.padded(SOLVERS[name][0](schedule, sampling_timesteps=times), 30)
+                assert np.all(np.isfinite(draw(schedule, table, keys)))
+    assert len(traces) == 1
+
+
+def test_ten_karras_steps_are_ten_distinct_times():
+    schedule = dj.cosine_schedule(500)
+    times = dj.sampling_times(schedule, 10, "karras")
+    assert len(np.unique(times)) == 11
+    signal, noise = schedule.at(times[:-1])
+    steps = np.diff((noise / signal) ** (1 / 7))
+    np.testing.assert_allclose(steps, steps[0], rtol=2e-3)  # times are float32
+    steps = np.diff(np.log(np.divide(*schedule.at(dj.sampling_times(schedule, 10, "log_snr")[:-1]))))
+    np.testing.assert_allclose(steps, steps[0], rtol=2e-3)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_times_and_their_noise_are_inverse(path):
+    schedule, t = PATHS[path], np.linspace(0, 999.9, 777)
+    signal, noise = schedule.at(t)
+    np.testing.assert_allclose(schedule.time_of(noise / signal), t, atol=1e-8)
+
+
+def test_a_network_told_the_log_snr_moves_to_another_path():
+    """What it sees, and so what it predicts of x_0, are the same at the same noise-to-signal ratio."""
+    seen = []
+    for schedule in PATHS.values():
+        t = jnp.asarray(np.float32(schedule.time_of(np.array([0.1, 1.0, 10.0]))))
+        signal, noise = (np.float32(column) for column in schedule.at(np.asarray(t, np.float64)))
+        x_t = jnp.asarray(signal + noise * 0.3)[:, None]
+        dj.normalized(schedule, lambda x, told: seen.append((x, told)) or x, "log_snr")(x_t, t)
+    for x, told in seen[1:]:
+        np.testing.assert_allclose(x, seen[0][0], rtol=2e-4)
+        np.testing.assert_allclose(told, seen[0][1], rtol=2e-4)
+    np.testing.assert_allclose(seen[0][1][1], 500, rtol=1e-3)
+
+
+def test_on_a_path_that_preserves_variance_the_network_sees_x_t_itself():
+    x_t, t = jax.random.normal(jax.random.key(0), (1001, 3)), jnp.arange(1001)
+    for path in ("linear", "cosine"):
+        x, told = dj.normalized(PATHS[path], lambda x, told: (x, told))(x_t, t)
+        np.testing.assert_array_equal(x, x_t)
+        np.testing.assert_array_equal(told, t)
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "problem"),
+    [
+        ([1.0, 0.5], [0.1, 0.5], "row 0 must be the data, signal 1 and noise 0, got 1.0 and 0.1"),
+        ([1.0, 0.5, 0.6], [0.0, 0.5, 0.5], "noise / signal must increase from row to row, got 0.83.* at t = 2"),
+        ([1.0, -0.5], [0.0, 0.5], "must increase"),
+        ([1.0], [0.0], "vectors of one length of at least 2"),
+        ([1.0, 0.5], [0.0, 0.5, 0.6], "vectors of one length"),
+    ],
+)
+def test_columns_that_are_no_path_are_named(signal, noise, problem):
+    with pytest.raises(ValueError, match=problem):
+        dj.schedule_from_columns(np.array(signal), np.array(noise))
+
+
+@pytest.mark.parametrize("times", [[10.0, 5.0], [5.0, 6.0, 0.0], [11.0, 0.0], [0.0]])
+def test_times_that_do_not_go_down_to_0_are_named(times):
+    with pytest.raises(ValueError, match="times must go strictly down to 0, from at most T = 10"):
+        dj.ddim_table(dj.cosine_schedule(10), sampling_timesteps=np.array(times))
+
+
+@pytest.mark.parametrize("density", ["uniform", "log_normal", "logit_normal", "importance"])
+@EVERY_PATH
+def test_times_are_drawn_with_their_density(path, density):
+    probabilities = dj.time_density(PATHS[path], density)
+    assert probabilities.shape == (T,)
+    assert probabilities.sum() == pytest.approx(1)
+    assert np.all(probabilities >= 0)
+    n = 200_000
+    t = np.asarray(dj.draw_times(probabilities, (jnp.arange(n) + 0.5) / n))  # stratified: off by less than one draw a row
+    assert (t.min(), t.max()) >= (1, 1)
+    assert t.max() <= T
+    np.testing.assert_allclose(np.bincount(t, minlength=T + 1)[1:], n * probabilities, atol=3)
+    if density == "log_normal":
+        log_sigma = np.log(PATHS[path].sigma[t])
+        finite = log_sigma[np.isfinite(log_sigma)]
+        assert np.median(finite) == pytest.approx(-1.2, abs=0.05)
+    if density == "logit_normal":
+        assert np.mean((t > 250) & (t <= 750)) == pytest.approx(0.728, abs=0.003)  # P(|N(0, 1)| < log 3)
+
+
+def test_an_unknown_choice_is_named():
+    with pytest.raises(ValueError, match="spacing must be one of time, log_snr, karras; got 'sigma'"):
+        dj.sampling_times(PATHS["flow"], 10, "sigma")
+    with pytest.raises(ValueError, match=r"density must be one of .* got 'beta'"):
+        dj.time_density(PATHS["flow"], "beta")
+    with pytest.raises(ValueError, match="time must be one of t, log_snr; got 'sigma'"):
+        dj.normalized(PATHS["flow"], lambda x_t, t: x_t, "sigma")
+    with pytest.raises(ValueError, match="order must be 1, 2 or 3, got 4"):
+        dj.unipc_table(PATHS["flow"], order=4)
+    with pytest.raises(ValueError, match="churn must be at least 0, got -1"):
+        dj.heun_table(PATHS["flow"], churn=-1.0)
