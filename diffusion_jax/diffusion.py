@@ -35,6 +35,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from diffusion_jax.schedules import NoiseSchedule
@@ -125,7 +126,7 @@ def make_denoiser(
 def check_target(schedule: NoiseSchedule, target_type: Target) -> None:
     """Raise ValueError unless x_0 follows from the target and x_t at every t = 1..T."""
     p, q = target_columns(target_type, *schedule)
-    if not isinstance(schedule.signal, jax.core.Tracer) and np.any((schedule.signal * q - schedule.noise * p)[1:] == 0):
+    if not isinstance(schedule.signal, Tracer) and np.any((schedule.signal * q - schedule.noise * p)[1:] == 0):
         raise ValueError(f"x_0 does not follow from {target_type} where there is no signal, as at this schedule's t = T")
 
 

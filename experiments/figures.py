@@ -137,6 +137,18 @@ def save_score_figure(file: Path, grid: np.ndarray, scores: np.ndarray, density:
     _save(figure, file)
 
 
+def save_paths_figure(file: Path, paths: dict[str, np.ndarray]) -> None:
+    """Histograms of the samples at every other t from noise to data, a row for each path."""
+    steps = range(len(next(iter(paths.values()))) - 1, -1, -2)
+    figure, axes = plt.subplots(len(paths), len(steps), figsize=(2 * len(steps), 2.2 * len(paths)), squeeze=False)
+    for row, (name, path) in zip(axes, paths.items(), strict=True):
+        for axis, t in zip(row, steps, strict=True):
+            axis.hist2d(path[t][:, 0], path[t][:, 1], bins=80, range=[(-3, 3), (-4, 4)], cmap="magma")
+            axis.set_title(f"{name}, t = {t}", fontsize=9)
+    _hide_all(axes)
+    _save(figure, file)
+
+
 def save_coins_figure(file: Path, samples: np.ndarray, prior: np.ndarray, heads: int) -> None:
     """Histograms of the number of heads, of samples and of fair coins; the data all have `heads`."""
     figure, axis = plt.subplots(figsize=(6, 3))

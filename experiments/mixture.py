@@ -1,5 +1,7 @@
 """Diffuse a mixture of two Gaussians in the plane: T = 10 steps, a small MLP, under a minute on a CPU.
 
+The network is told the log-SNR and not t, so it samples along rectified flow as well, which it was not trained on.
+
 python experiments/mixture.py
 """
 
@@ -7,13 +9,14 @@ import terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import vectors
 from command_line import one_line_errors, parse_command_line
-from figures import save_mixture_figure, save_score_figure
+from figures import save_mixture_figure, save_paths_figure, save_score_figure
 from jaxtyping import Array, Float, Key
 from machine import prepare_machine
 from workdir import one_line_if_unwritable
@@ -23,7 +26,7 @@ from diffusion_jax.sampling import strided_timesteps
 
 NUM_TIMESTEPS = 10
 FAST_TIMESTEPS = 3
-TARGET_TYPE = "pred_v"  # pred_eps would divide by sqrt(alpha_bar_T) = 0.005
+TARGET_TYPE = partial(dj.edm_target, sigma_data=1.0)  # minus v; pred_eps would divide by a signal of 0.005 at t = T
 NUM_SHOWN = 2000
 
 
@@ -48,18 +51,23 @@ def main() -> None:
         schedule = dj.cosine_schedule(NUM_TIMESTEPS)
         table = dj.ancestral_table(schedule)
         fast_table = dj.ancestral_table(schedule, sampling_timesteps=FAST_TIMESTEPS)
-        workdir, train = vectors.set_up(config, draw_mixture, schedule, TARGET_TYPE)
+        workdir, train = vectors.set_up(config, draw_mixture, schedule, TARGET_TYPE, time="log_snr")
 
-    predict = train()
+    network = train()
+    predict = dj.normalized(schedule, network, "log_snr")
     denoise = dj.make_denoiser(schedule, predict, TARGET_TYPE)
     data, keys = vectors.examples(config, draw_mixture, NUM_SHOWN)
     path = dj.sample_trajectory(denoise, table, keys, (2,))
     fast_path = dj.sample_trajectory(denoise, fast_table, keys, (2,))
 
+    flow = dj.flow_schedule(NUM_TIMESTEPS)
+    flow_denoise = dj.make_denoiser(flow, dj.normalized(flow, network, "log_snr"), TARGET_TYPE)
+    flow_path = dj.sample_trajectory(flow_denoise, dj.ancestral_table(flow), keys, (2,))
+
     side = jnp.linspace(-2.8, 2.8, 15, dtype=jnp.float32)
     grid = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)
     scores = []
-    for t in range(1, NUM_TIMESTEPS + 1):  # score = -eps_hat / sqrt(1 - alpha_bar_t)  [Song et al. 2021]
+    for t in range(1, NUM_TIMESTEPS + 1):  # score = -eps_hat / noise_t  [Song et al. 2021]
         times = jnp.full(len(grid), t)
         eps_hat = dj.convert(schedule, predict(grid, times), grid, times, TARGET_TYPE, "pred_eps")
         scores.append(-eps_hat / schedule.noise[t])
@@ -67,7 +75,8 @@ def main() -> None:
         fast_times = strided_timesteps(NUM_TIMESTEPS, FAST_TIMESTEPS)[::-1]
         save_mixture_figure(workdir / "figure.png", np.asarray(data), np.asarray(path), np.asarray(fast_path), fast_times)
         save_score_figure(workdir / "score.png", np.asarray(grid), np.asarray(scores), np.asarray(path[1:]))
-    print(f"wrote {workdir / 'figure.png'} and {workdir / 'score.png'}", file=sys.stderr)
+        save_paths_figure(workdir / "paths.png", {"cosine": np.asarray(path), "rectified flow": np.asarray(flow_path)})
+    print(f"wrote figure.png, score.png and paths.png in {workdir}", file=sys.stderr)
 
 
 if __name__ == "__main__":

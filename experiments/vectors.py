@@ -14,6 +14,7 @@ from machine import random_key
 from workdir import open_workdir
 
 import diffusion_jax as dj
+from diffusion_jax.diffusion import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,16 @@ class Config:
 
 
 def set_up(
-    config: Config, draw: Callable[[Key[Array, ""]], Float[Array, " d"]], schedule: dj.NoiseSchedule, target_type: str
+    config: Config,
+    draw: Callable[[Key[Array, ""]], Float[Array, " d"]],
+    schedule: dj.NoiseSchedule,
+    target_type: Target,
+    time: str = "t",
 ) -> tuple[Path, Callable[[], Callable[[Array, Array], Array]]]:
-    """The run's folder, and train() -> predict(x_t, t) with the averaged parameters; `draw(key)` is one vector of the data."""
+    """The run's folder, and train() -> the network with the averaged parameters; `draw(key)` is one vector of the data.
+
+    A network that is told the log-SNR is trained at real times, between the rows of the schedule too.
+    """
     check_values(config)
     dim = draw(random_key(0)).shape[0]
     network = dj.MLP(dim, config.embed_dim)
@@ -43,7 +51,10 @@ def set_up(
     workdir = open_workdir(config, may_differ={"workdir", "checkpoint_every"}, data=draw.__name__)
 
     def loss_fn(params, x_0, keys):
-        return dj.diffusion_loss(schedule, partial(network.apply, {"params": params}), x_0, keys, target_type)
+        predict = dj.normalized(schedule, partial(network.apply, {"params": params}), time)
+        between_rows = lambda key: schedule.num_timesteps * jax.random.uniform(jax.random.fold_in(key, 2), (), jnp.float32)  # noqa: E731
+        t = jax.vmap(between_rows)(keys) if time == "log_snr" else None
+        return dj.diffusion_loss(schedule, predict, x_0, keys, target_type, t=t)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: dj.TrainState):
