@@ -1,17 +1,15 @@
 """Denoising diffusion as pure functions: noise schedules, the loss, and every sampler as a table of affine steps."""
 
 from diffusion_jax.diffusion import (
-    Denoise,
     convert,
-    edm_target,
     make_denoiser,
     normalized,
     posterior,
     q_sample,
 )
 from diffusion_jax.editing import encoding_table, guided, inpainting, part_way, resampled, spherical
-from diffusion_jax.likelihood import bound_bits, bound_loss, hybrid_loss, prior_bits
-from diffusion_jax.losses import diffusion_loss, draw_times, loss_at, min_snr_weight, time_density
+from diffusion_jax.likelihood import bound_bits, bound_loss, flow_bits, flow_log_density, hybrid_loss, prior_bits
+from diffusion_jax.losses import diffusion_loss, loss_at, min_snr_weight
 from diffusion_jax.mlp import MLP
 from diffusion_jax.sampling import (
     SamplerTable,
@@ -47,7 +45,6 @@ __version__ = "0.2.0"
 
 __all__ = [
     "MLP",
-    "Denoise",
     "NoiseSchedule",
     "SamplerTable",
     "TrainState",
@@ -64,10 +61,10 @@ __all__ = [
     "deis_table",
     "diffusion_loss",
     "dpm_solver_table",
-    "draw_times",
-    "edm_target",
     "encoding_table",
     "example_keys",
+    "flow_bits",
+    "flow_log_density",
     "flow_schedule",
     "guided",
     "heun_table",
@@ -91,7 +88,6 @@ __all__ = [
     "schedule_from_beta",
     "schedule_from_columns",
     "spherical",
-    "time_density",
     "train_step",
     "unipc_table",
     "variance_exploding_schedule",

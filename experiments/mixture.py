@@ -22,11 +22,12 @@ from machine import prepare_machine
 from workdir import one_line_if_unwritable
 
 import diffusion_jax as dj
+from diffusion_jax.diffusion import edm_target
 from diffusion_jax.sampling import strided_timesteps
 
 NUM_TIMESTEPS = 10
 FAST_TIMESTEPS = 3
-TARGET_TYPE = partial(dj.edm_target, sigma_data=1.0)  # minus v; pred_eps would divide by a signal of 0.005 at t = T
+TARGET_TYPE = partial(edm_target, sigma_data=1.0)  # minus v; pred_eps would divide by a signal of 0.005 at t = T
 NUM_SHOWN = 2000
 
 

@@ -30,6 +30,7 @@ from workdir import one_line_if_unwritable, open_workdir
 import diffusion_jax as dj
 from diffusion_jax.data import ImageData, batch_indices, load_dataset, to_model_input
 from diffusion_jax.diffusion import Denoise, Predict
+from diffusion_jax.losses import draw_times, time_density
 from diffusion_jax.training import check_divisible, replicate
 
 IMAGE_SHAPE = (32, 32, 1)
@@ -78,7 +79,7 @@ def training_step(config: Config, schedule: dj.NoiseSchedule, key: Key[Array, ""
         **{name: partial(dj.diffusion_loss, loss_type=name, weight=weight) for name in ("l2", "l1")},
     }
     drawn_by_keys = config.time_density == "uniform" and not config.stratified
-    probabilities = dj.time_density(schedule, config.time_density)
+    probabilities = time_density(schedule, config.time_density)
 
     def loss_fn(params, batch, keys):
         x_0, labels, u = batch
@@ -88,7 +89,7 @@ def training_step(config: Config, schedule: dj.NoiseSchedule, key: Key[Array, ""
         predict = apply_to(config, schedule, params, labels)
         if config.loss_type == "bound":
             return dj.bound_loss(schedule, predict, x_0, keys, config.target_type)
-        t = None if drawn_by_keys else dj.draw_times(probabilities, u)
+        t = None if drawn_by_keys else draw_times(probabilities, u)
         return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type, t=t)
 
     def step(state, images, labels, indices, examples, mean_over_devices):

@@ -7,6 +7,7 @@ from ho import alpha_bar_of, beta_of
 
 import diffusion_jax as dj
 from diffusion_jax import likelihood
+from diffusion_jax.losses import time_density
 
 
 @pytest.mark.parametrize("sigma", [0.004, 0.05, 1.0])
@@ -178,7 +179,7 @@ def test_the_bound_from_one_drawn_t_is_right_on_average_and_varies_less_than_at_
 
     estimates = np.asarray(jax.jit(lambda keys: dj.bound_loss(schedule, predict_v, x_0, keys, "pred_v"))(keys), np.float64)
     assert abs(estimates.mean() - all_terms.sum(0).mean()) < 4 * estimates.std() / n**0.5
-    probabilities = dj.time_density(schedule, "importance")
+    probabilities = time_density(schedule, "importance")
     np.testing.assert_allclose(probabilities.sum(), 1)
     uniform = 50 * all_terms[np.arange(n) % 50, np.arange(n)]
     assert estimates.var() < 0.5 * uniform.var()
@@ -198,15 +199,20 @@ def test_t_is_drawn_in_proportion_to_the_terms_of_standard_normal_data():
         )  # of N(., w + m^2 left) from N(., beta), which are one: the divergence of w from beta on average
         m = alpha_bar_of(schedule)[t - 1] ** 0.5 * beta / left
         terms.append((np.log(beta / w) + (w + m**2 * left) / beta - 1) / 2)
-    shares = (dj.time_density(schedule, "importance") - 0.1 / 30) / 0.9
+    shares = (time_density(schedule, "importance") - 0.1 / 30) / 0.9
     np.testing.assert_allclose(shares / shares[1], np.append(entropy, terms) / terms[0], rtol=1e-3)
-    narrow = dj.time_density(dj.schedule_from_beta(np.array([1e-8, 0.5])), "importance")  # far less noise than a level
+    narrow = time_density(dj.schedule_from_beta(np.array([1e-8, 0.5])), "importance")  # far less noise than a level
     np.testing.assert_allclose(narrow, [0.05, 0.95])
 
 
 @pytest.mark.parametrize(
     ("beta", "sigma_type", "variance"),
-    [([0.3], "lower_bound", 0.3), ([0.3, 0.4], "lower_bound", 0.4 * 0.3 / (1 - 0.7 * 0.6)), ([0.3, 0.4], "upper_bound", 0.3)],
+    [
+        ([0.3], "lower_bound", 0.3),
+        ([0.3, 0.4], "lower_bound", 0.4 * 0.3 / (1 - 0.7 * 0.6)),
+        ([0.3, 0.4], "upper_bound", 0.3),
+        ([0.3, 0.4], "fixed_large", 0.4 * 0.3 / (1 - 0.7 * 0.6)),
+    ],
 )
 def test_the_last_step_has_the_variance_of_the_step_before_it_or_beta(beta, sigma_type, variance):
     x, x_0_hat = 1 / 255, 0.2

@@ -10,7 +10,8 @@ import scipy.integrate
 from walks import best_x_0_hat, denoiser, walk
 
 import diffusion_jax as dj
-from diffusion_jax.diffusion import look_up
+from diffusion_jax.diffusion import edm_target, look_up
+from diffusion_jax.losses import draw_times, time_density
 
 T = 1000
 PATHS = {
@@ -169,10 +170,10 @@ def test_edm_is_the_preconditioning_of_karras_et_al(sigma_data):
         x, sigma = np.asarray(x_t) / signal[:, None], (noise / signal)[:, None]
         c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
         c_out = sigma * sigma_data / np.sqrt(sigma**2 + sigma_data**2)
-        target = partial(dj.edm_target, sigma_data=sigma_data)
+        target = partial(edm_target, sigma_data=sigma_data)
         x_0_hat = dj.make_denoiser(schedule, lambda x_t, t, F=F: F, target)(x_t, t)
         np.testing.assert_allclose(x_0_hat, c_skip * x + c_out * np.asarray(F), rtol=1e-4, atol=1e-4)
-    p, q = dj.edm_target(*PATHS["cosine"], sigma_data=1.0)
+    p, q = edm_target(*PATHS["cosine"], sigma_data=1.0)
     np.testing.assert_allclose([p, q], [PATHS["cosine"].noise, -PATHS["cosine"].signal], atol=1e-12)
 
 
@@ -303,12 +304,12 @@ def test_times_that_do_not_go_down_to_0_are_named(times):
 @pytest.mark.parametrize("density", ["uniform", "log_normal", "logit_normal", "importance"])
 @EVERY_PATH
 def test_times_are_drawn_with_their_density(path, density):
-    probabilities = dj.time_density(PATHS[path], density)
+    probabilities = time_density(PATHS[path], density)
     assert probabilities.shape == (T,)
     assert probabilities.sum() == pytest.approx(1)
     assert np.all(probabilities >= 0)
     n = 200_000
-    t = np.asarray(dj.draw_times(probabilities, (jnp.arange(n) + 0.5) / n))  # stratified: off by less than one draw a row
+    t = np.asarray(draw_times(probabilities, (jnp.arange(n) + 0.5) / n))  # stratified: off by less than one draw a row
     assert (t.min(), t.max()) >= (1, 1)
     assert t.max() <= T
     np.testing.assert_allclose(np.bincount(t, minlength=T + 1)[1:], n * probabilities, atol=3)
@@ -324,7 +325,7 @@ def test_an_unknown_choice_is_named():
     with pytest.raises(ValueError, match="spacing must be one of time, log_snr, karras; got 'sigma'"):
         dj.sampling_times(PATHS["flow"], 10, "sigma")
     with pytest.raises(ValueError, match=r"density must be one of .* got 'beta'"):
-        dj.time_density(PATHS["flow"], "beta")
+        time_density(PATHS["flow"], "beta")
     with pytest.raises(ValueError, match="time must be one of t, log_snr; got 'sigma'"):
         dj.normalized(PATHS["flow"], lambda x_t, t: x_t, "sigma")
     with pytest.raises(ValueError, match="order must be 1, 2 or 3, got 4"):
