@@ -144,9 +144,9 @@ def flow_log_density(
 
         log p(x_0) = log N(x_T; 0, (signal_T^2 + noise_T^2) I) + D log signal_T + integral of (D - signal_t tr J_t) dmu     (13)
 
-    for D elements and J_t the derivative of x_0_hat by x_t. It is the density of the model's x_0 + sigma_1 eps at x_0, and exact
-    only in the limit of many steps: compare with twice as many. The trace is exact, in D derivatives a step, or with `probes`
-    an unbiased estimate from so many random signs, which come from the example's key [Grathwohl et al. 2019, eq. 7].
+    for D elements and J_t the derivative of x_0_hat by x_t. It is the density of the model's x_0 + sigma_1 eps at x_0, and
+    exact only in the limit of many steps: compare with twice as many. The trace is exact, in D derivatives a step, or with
+    `probes` an unbiased estimate from so many random signs of the example's key [Grathwohl et al. 2019, eq. 7].
     """
     finite = schedule.sigma[np.isfinite(schedule.sigma)]
     times = schedule.time_of(np.geomspace(finite[1], finite[-1], num_steps + 1)).astype(np.float32).astype(np.float64)

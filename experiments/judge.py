@@ -119,6 +119,8 @@ def as_table(results: dict) -> str:
     ]
     if "bits_per_dim" in results:
         lines.append(f"| bits per dimension, at most | | {results['bits_per_dim']:.3g} ± {results['bits_per_dim_error']:.2g} |")
+    if results.get("flow_bits_per_dim") is not None:
+        lines.append(f"| bits per dimension, by the probability flow | | {results['flow_bits_per_dim']:.3g} |")
     return "\n".join(lines)
 
 
