@@ -61,6 +61,9 @@ BAD_MNIST = {
     "--sigma-type learned --loss-type hybrid": ("--target-type", "pred_eps or pred_v", "got pred_x_0"),
     "--loss-weighting min_snr --loss-type bound --sigma-type learned --target-type pred_v": ("--loss-weighting", "none"),
     "--loss-type hybrid": ("--loss-type", "l2 or l1", "got hybrid"),
+    "--noise-schedule-type flow --target-type pred_eps": ("--target-type", "other than pred_eps with flow", "got pred_eps"),
+    "--time-density log_normal --loss-type bound --sigma-type learned --target-type pred_v": ("--time-density", "uniform"),
+    "--stratified --loss-type bound --sigma-type learned --target-type pred_v": ("--stratified", "left out"),
 }
 
 

@@ -125,12 +125,17 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     args = ["--workdir", workdir, "--num-samples", "250", "--sampling-timesteps", "4", "--bound-images", "4"]
+    args += ["--likelihood-images", "3"]
     said = finish(start("evaluate.py", *args, HOME=str(tmp_path)))  # whose classifier is trained anew
     results = json.loads((workdir / "evaluation.json").read_text())
     assert results["classifier_accuracy"] > 0.95
     assert results["generated"]["frechet_distance"] > 10 * results["test"]["frechet_distance"]
     assert results["generated"]["precision"] < 0.2 < 0.6 < results["test"]["precision"]
     assert results["bits_per_dim"] > 1
+    curve, value = results["flow_bits_curve"], results["flow_bits_per_dim"]
+    converged = len(curve) > 1 and abs(np.diff(list(curve.values()))[-1]) < 0.01
+    assert value == (list(curve.values())[-1] if converged else None)
+    assert converged != ("flow_bits_per_dim has not converged" in said)
     assert "| frechet distance |" in said
     assert Image.open(workdir / "bound.png").size[0] > 500
 
@@ -158,7 +163,7 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
 def test_mixture_draws_its_figures_and_resumes(tmp_path):
     args = ["--workdir", tmp_path, "--iterations", "30", "--checkpoint-every", "10"]
     assert "%|" in run("mixture.py", *args)
-    for name in ("figure.png", "score.png"):
+    for name in ("figure.png", "score.png", "paths.png"):
         assert Image.open(tmp_path / name).size[0] > 500
     said = finish(start("mixture.py", *args, TQDM_DISABLE="1"))
     assert "step 30 of 30" in said
