@@ -2,27 +2,27 @@
 
 Noising the data x_0 is affine (eq. 1). A network sees x_t and t and predicts a target, which is affine as well:
 
-    x_t = signal_t x_0 + noise_t eps                                                (1)
-    y   = p_t x_0 + q_t eps                                                         (4)
+    x_t    = signal_t x_0 + noise_t eps                                             (1)
+    target = p_t x_0 + q_t eps                                                      (4)
 
     target       p, q
     pred_x_0     1, 0
     pred_eps     0, 1                                                               [Ho et al. 2020, eq. 14]
     pred_v       -noise, signal                                                     [Salimans & Ho 2022, sec. 4]
-    pred_u       -1, 1                                                              [Lipman et al. 2023, eq. 21]
+    pred_u       -1, 1                                                              [Lipman et al. 2023]
     edm          noise / (sigma_data n), -sigma_data signal / n, n^2 = noise^2 + sigma_data^2 signal^2
                                                                                     [Karras et al. 2022, eq. 7, there F]
 
 Given x_t, any target determines x_0, eps and so any other, with det = signal q - noise p:
 
-    x_0 = (q x_t - noise y) / det,   eps = (signal y - p x_t) / det                 (5)
+    x_0 = (q x_t - noise target) / det,   eps = (signal target - p x_t) / det       (5)
 
 Given both ends, x at an earlier time s < t is Gaussian as well [Ho et al. 2020, eqs. 6-7, there for s = t - 1], with
-r = signal_t / signal_s:
+up = signal_t / signal_s:
 
-    beta_{t|s} = noise_t^2 - r^2 noise_s^2                                          (6)
+    beta_{t|s} = noise_t^2 - up^2 noise_s^2                                         (6)
     q(x_s | x_t, x_0) = N(k x_t + m x_0, w I)                                       (7)
-      k = r noise_s^2 / noise_t^2,  m = signal_s beta_{t|s} / noise_t^2,  w = beta_{t|s} noise_s^2 / noise_t^2
+      k = up noise_s^2 / noise_t^2,  m = signal_s beta_{t|s} / noise_t^2,  w = beta_{t|s} noise_s^2 / noise_t^2
 
 Arrays are [B, *shape] with any shape; t is [B], whole or real, where between two rows of the schedule its columns are
 linear. A time outside 0..T gives NaN. Results have the data's dtype, losses and variances at least float32; tables are cast
@@ -46,10 +46,10 @@ Target = str | Callable[[Any, Any], tuple[Any, Any]]
 """A `TargetType`, or a function of the schedule's columns: columns(signal, noise) -> (p, q), such as
 `partial(edm_target, sigma_data=1.0)`."""
 Predict = Callable[[Array, Array], Any]
-"""A network: predict(x_t, t) -> its target, of x_t's shape; or where it learns its variance, the target and a fraction f
+"""A network: predict(x_t, t) -> its target, of x_t's shape; or where it learns its variance, the target and a fraction
 for each element, by which the variance lies between its bounds in log space [Nichol & Dhariwal 2021, eq. 15]."""
 Denoise = Callable[[Array, Array], Any]
-"""denoise(x_t, t) -> x_0_hat, whatever the network underneath predicts; or x_0_hat and f."""
+"""denoise(x_t, t) -> x_0_hat, whatever the network underneath predicts; or x_0_hat and the fraction."""
 
 
 def q_sample(
@@ -89,7 +89,7 @@ def convert(
 ) -> Float[Array, "B *shape"]:
     """The prediction of one target at x_t as the prediction of another (eqs. 4-5).
 
-    NaN or infinite where the first says nothing of the second: x_0 at t = 0 of eps, and eps without signal of x_0.
+    NaN or infinite where one does not determine the other: x_0 does not eps at t = 0, nor eps x_0 without signal.
     Raises ValueError on an unknown type, or unless the prediction has x_t's shape.
     """
     check_shape("prediction", prediction, x_t)
@@ -105,7 +105,7 @@ def convert(
 def make_denoiser(
     schedule: NoiseSchedule, predict: Predict, target_type: Target = "pred_eps", clip: float | None = None
 ) -> Denoise:
-    """denoise(x_t, t) -> x_0_hat from a network that predicts `target_type` (eq. 5); with f, if the network has it.
+    """denoise(x_t, t) -> x_0_hat from a network that predicts `target_type` (eq. 5), and its fraction if it has one.
 
     `clip` bounds x_0_hat to [-clip, clip], in the units of the data; right for images scaled to [-1, 1], and it keeps
     pred_eps finite where eq. 5 divides by a signal of 1e-4. Raises ValueError on an unknown type, on a `clip` that is not
@@ -149,7 +149,7 @@ def normalized(schedule: NoiseSchedule, network: Predict, time: str = "t") -> Pr
 
 
 def with_fraction(output: Any) -> tuple[Array, Array | float]:
-    """What a network or denoiser returned, as a pair with f = 0 where it learns no variance; ValueError on unlike shapes."""
+    """What a network or denoiser returned, as a pair whose fraction is 0 by default; ValueError on unlike shapes."""
     if not isinstance(output, tuple):
         return output, 0.0
     if len(output) != 2 or output[0].shape != output[1].shape:
@@ -158,7 +158,7 @@ def with_fraction(output: Any) -> tuple[Array, Array | float]:
 
 
 def with_prediction(output: Any, prediction: Array) -> Any:
-    """The same output with another prediction, and its f if it has one."""
+    """The output with another prediction, and its fraction if it has one."""
     return (prediction, output[1]) if isinstance(output, tuple) else prediction
 
 
@@ -167,10 +167,10 @@ def posterior_coefficients(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """k, m and w of q(x_s | x_t, x_0) for 0 <= s < t <= T (eq. 7), and the variance of x_s given x_t for x_0 ~ N(0, I)."""
     (signal_t, noise_t), (signal_s, noise_s) = schedule.at(t), schedule.at(s)
-    r, shrink = signal_t / signal_s, (noise_s / noise_t) ** 2
-    beta = noise_t**2 - (r * noise_s) ** 2
+    up, shrink = signal_t / signal_s, (noise_s / noise_t) ** 2
+    beta = noise_t**2 - (up * noise_s) ** 2
     unknown = beta * (signal_s**2 + noise_s**2) / (signal_t**2 + noise_t**2)
-    return r * shrink, signal_s * beta / noise_t**2, beta * shrink, unknown
+    return up * shrink, signal_s * beta / noise_t**2, beta * shrink, unknown
 
 
 def posterior(

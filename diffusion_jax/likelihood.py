@@ -8,16 +8,17 @@ With t and s = t - 1, and k, m and w of eq. 7, a step of ancestral sampling has 
             = (delta + e^-delta - 1 + e^-delta |x_0 - x_0_hat|^2 m^2 / w) / 2       (15)
     L_0     = -log of the mass of N(x_0_hat, c^2 I) in the level of x_0, one of 256 from -1 to 1
 
-where delta = log(c^2 / w) is 0 for the "lower_bound" of the variance, log(u / w) for the "upper_bound" u, which is beta_t on
-variance-preserving paths, and for "learned" what a fraction f from the network makes it:
+for each element, where delta = log(c^2 / w) is 0 for the "lower_bound" of the variance and log(W / w) for the "upper_bound" W,
+the variance of x_{t-1} given x_t for x_0 ~ N(0, I), which is beta_t on variance-preserving paths. For "learned" the network
+predicts a fraction:
 
-    log c^2 = (1 - f) log w + f log u                                               (16)  [Nichol & Dhariwal 2021, eq. 15]
+    log c^2 = (1 - fraction) log w + fraction log W                                 (16)  [Nichol & Dhariwal 2021, eq. 15]
 
-w is 0 at t = 1; that of t = 2 is taken there, as the authors' code does (u where T = 1). "fixed_large" is the upper bound of
-that code and of published numbers: it has that w for its variance at t = 1, where "upper_bound" has beta_1.
+w is 0 at t = 1; the w of t = 2 is used there, as in the authors' code (W where T = 1). "fixed_large" is the upper bound of
+that code and of published numbers: at t = 1 its variance is the w of t = 2, where "upper_bound" has W.
 
-A network that learns its variance predicts a pair: the target, and f for each of its elements. What the functions return
-is in bits, that is divided by log 2.
+A network that learns its variance predicts a pair: the target, and a fraction for each element. Results are in bits, that is
+divided by log 2, unless a function says nats.
 """
 
 import math
@@ -75,7 +76,7 @@ def bound_bits(
 
     That is in expectation over `eps`. x_0 is one of the 256 levels, as L_0 is of those. Raises ValueError on a `sigma_type`
     other than "upper_bound", "fixed_large", "lower_bound" and "learned", on a wrong shape, and where "learned" meets a network
-    without f.
+    without a fraction.
     """
     check_choice("sigma_type", sigma_type, ("upper_bound", "fixed_large", "lower_bound", "learned"))
     output = denoise(q_sample(schedule, x_0, t, eps), t)
@@ -208,7 +209,7 @@ def _pair(output: object) -> tuple[Array, Array]:
 
 
 def _step_tables(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """w, m and log(u / w) of eqs. 15-16 for t = 1..T, in float64."""
+    """w, m and log(W / w) of eqs. 15-16 for t = 1..T, in float64."""
     times = np.arange(1, schedule.num_timesteps + 1)
     _, m, w, unknown = posterior_coefficients(schedule, times, times - 1)
     w[0] = w[1] if len(w) > 1 else unknown[0]

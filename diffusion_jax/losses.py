@@ -1,7 +1,7 @@
 """The training loss: where it looks in time, the distance of a prediction to its target, and its weights.
 
-Training minimizes E |prediction - y|^2 over t, eps and the data [Ho et al. 2020, eq. 14], y of eq. 4. Its t is uniform on 1..T,
-or has a density, a table of probabilities of t = 1..T, from which `draw_times` draws:
+Training minimizes E |prediction - target|^2 over t, eps and the data [Ho et al. 2020, eq. 14], for the target of eq. 4. t is
+uniform on 1..T, or has a density: a table of probabilities of t = 1..T, from which `draw_times` draws.
 
     uniform
     log_normal     log(noise / signal) ~ N(-1.2, 1.2^2)                             [Karras et al. 2022, table 1]
@@ -91,7 +91,7 @@ def min_snr_weight(schedule: NoiseSchedule, target_type: Target = "pred_eps", ca
         raise ValueError(f"cap must be positive, got {cap}")
     signal, noise = schedule
     p, q = target_columns(target_type, signal, noise)
-    det = signal * q - noise * p  # by eq. 5 an error of y is one of x_0 times det / noise
+    det = signal * q - noise * p  # by eq. 5 an error of the target is one of x_0 times det / noise
     with np.errstate(divide="ignore", invalid="ignore"):
         weight = np.minimum(signal**2, cap * noise**2) / det**2
     return np.where(det == 0, np.where(noise == 0, cap, 1.0), weight)  # the limits of x_0 and of eps

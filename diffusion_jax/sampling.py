@@ -25,6 +25,7 @@ SigmaType = Literal["upper_bound", "lower_bound", "zero", "learned"]
 Spacing = Literal["time", "log_snr", "karras"]
 Steps = int | Float[np.ndarray, " times"] | None
 """S, for steps evenly spaced in t; or times from `sampling_times`; or None for all T."""
+Column = Float[np.ndarray, " S"]
 MEMORY = 3
 
 
@@ -35,32 +36,23 @@ class SamplerTable(NamedTuple):
     variance is learned.
     """
 
-    t: Float[np.ndarray, " S"]
-    scale: Float[np.ndarray, " S"]
-    a: Float[np.ndarray, " S"]
-    b: Float[np.ndarray, " S"]
-    c: Float[np.ndarray, " S"]
-    r: Float[np.ndarray, " S"]
+    t: Column
+    scale: Column
+    a: Column
+    b: Column
+    c: Column
+    r: Column
     d: Float[np.ndarray, "S 3"]
-    e: Float[np.ndarray, " S"]
-    f: Float[np.ndarray, " S"]
+    e: Column
+    f: Column
 
 
-def make_table(
-    schedule: NoiseSchedule,
-    t: Float[np.ndarray, " S"],
-    a: Float[np.ndarray, " S"],
-    b: Float[np.ndarray, " S"],
-    c: Any = 0.0,
-    r: Any = 0.0,
-    d: Float[np.ndarray, "S 3"] | None = None,
-    e: Any = 0.0,
-    f: Any = 1.0,
-) -> SamplerTable:
-    """The steps that leave the times `t`, in float64; a number stands for a column of it."""
-    per_step = np.broadcast_arrays(t, np.hypot(*schedule.at(t)), a, b, c, r, e, f)
-    t, scale, a, b, c, r, e, f = np.array(per_step, np.float64)
-    return SamplerTable(t, scale, a, b, c, r, np.zeros((len(t), MEMORY)) if d is None else d, e, f)
+def make_table(schedule: NoiseSchedule, t: Column, a: Column, b: Column, c: Any = 0.0, **more: Any) -> SamplerTable:
+    """The steps that leave the times `t`, in float64. Columns may be numbers, and r, d and e are 0 and f is 1 by default."""
+    more = {"scale": np.hypot(*schedule.at(t)), "c": c, "r": 0.0, "e": 0.0, "f": 1.0} | more
+    d = more.pop("d", np.zeros((len(t), MEMORY)))
+    columns = {name: np.array(np.broadcast_to(column, len(t)), np.float64) for name, column in more.items()}
+    return SamplerTable(t=t.astype(np.float64), a=np.array(a), b=np.array(b), d=d, **columns)
 
 
 def sampling_times(
@@ -124,7 +116,7 @@ def ancestral_table(schedule: NoiseSchedule, sigma_type: str = "upper_bound", sa
     k, m, w, unknown = posterior_coefficients(schedule, t, s)
     variance = {"upper_bound": unknown, "zero": 0 * w}.get(sigma_type, w)
     log_range = np.log(unknown / np.where(s == 0, unknown, w)) / 2 if sigma_type == "learned" else 0.0
-    return make_table(schedule, t, k, m, np.where(s == 0, 0.0, np.sqrt(variance)), log_range)
+    return make_table(schedule, t, k, m, np.where(s == 0, 0.0, np.sqrt(variance)), r=log_range)
 
 
 def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: Steps = None) -> SamplerTable:

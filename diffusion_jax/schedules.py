@@ -6,7 +6,7 @@ Row 0 is the data: signal 1, noise 0. Nothing else is assumed but that sigma = n
 variance-preserving (signal^2 + noise^2 = 1) [Ho et al. 2020], rectified flow (signal + noise = 1) [Liu et al. 2022],
 variance-exploding (signal = 1) [Song et al. 2021b], or anything else. Between the rows both columns are linear in t.
 
-Tables are made in float64 NumPy and cast when they meet the data: 1 - alpha_bar_t computed in float32 is wrong in the third
+Tables are made in float64 NumPy and cast when they meet the data: 1 - alpha_bar_t computed in float32 is wrong in the fourth
 digit at small t.
 """
 

@@ -1,6 +1,7 @@
 """Solvers of higher order for the probability flow, each a table for the loop of `sampling.py` (docs/derivation.md).
 
-In lambda = log(signal / noise), with h = lambda_s - lambda_t, the flow from t to s has the exact solution [Lu et al. 2022]
+In lambda = log(signal / noise) = -log(sigma), with h = lambda_s - lambda_t, the flow from t to s has the exact solution
+[Lu et al. 2022]
 
     x_s = noise_s / noise_t x_t + signal_s (1 - e^-h) mean(x_0_hat),                (10)
 
@@ -25,14 +26,15 @@ def dpm_solver_table(
 ) -> SamplerTable:
     """DPM-Solver++(2M) [Lu et al. 2022, alg. 2], or 3M with `order` 3; its SDE form at eta = 1, with DDIM's noise for any eta.
 
-    Two values of x_0_hat are weighted as at the middle of the step, which is theirs, and three exactly. Raises ValueError on
-    eta outside [0, 1], on another order than 1, 2 or 3, or on steps outside 1..T.
+    Two values of x_0_hat are weighted as at the middle of the step, as in the paper, and three exactly. (Published forms of 3M
+    give the second difference half of that weight and converge with order 2.) Raises ValueError on eta outside [0, 1], on an
+    order other than 1, 2 or 3, or on steps outside 1..T.
     """
     return multistep_table(schedule, as_times(schedule, sampling_timesteps), eta, order)
 
 
 def unipc_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None, order: int = 2) -> SamplerTable:
-    """UniPC [Zhao et al. 2023, alg. 5-8, with B(h) = e^h - 1], of order 2 or 3: a step corrected by x_0_hat at its end.
+    """UniPC [Zhao et al. 2023, with B(h) = e^h - 1], of order 2 or 3: a step corrected by x_0_hat at its end.
 
     The next step needs that anyway, so it costs no network call. Raises ValueError as `dpm_solver_table` does.
     """
@@ -46,19 +48,19 @@ def multistep_table(
     _check_order(order)
     table = ddim_steps(schedule, times, eta)
     lambdas, signal = _lambda(schedule, times), schedule.at(times)[0]
-    with np.errstate(divide="ignore"):  # h, or for eta > 0 what takes its place: e^-z = a signal_t / signal_s
-        z = -np.log(table.a * signal[:-1] / signal[1:])
+    with np.errstate(divide="ignore"):  # h, or for eta > 0 what takes its place: e^-zeta = a signal_t / signal_s
+        zeta = -np.log(table.a * signal[:-1] / signal[1:])
     weights, steps = np.zeros((len(table.t), 1 + MEMORY)), len(table.t)
     before = None
     for i in range(steps):
         nodes = _nodes(lambdas, i, order)
-        mean = _weights(nodes, z[i])
+        mean = _weights(nodes, zeta[i])
         weights[i, : len(nodes)] = table.b[i] * mean
         if corrects and before is not None:
-            corrected = _weights(np.append(1.0, before[0]), z[i - 1])
+            corrected = _weights(np.append(1.0, before[0]), zeta[i - 1])
             corrected[1:] -= before[1]
             weights[i, : len(corrected)] += table.a[i] * table.b[i - 1] * corrected
-        before = (nodes, mean) if np.isfinite(z[i]) else None
+        before = (nodes, mean) if np.isfinite(zeta[i]) else None
     return table._replace(b=weights[:, 0], d=weights[:, 1:])
 
 
@@ -91,9 +93,9 @@ def heun_table(
 ) -> SamplerTable:
     """Heun's method with `churn` [Karras et al. 2022, alg. 1-2]: S steps of two network calls each, but one for the last.
 
-    The second row of a step corrects it with x_0_hat at its end, by (10) in sigma: with ratio = sigma_s / sigma_t,
+    The second row of a step replaces eps_hat by its mean over both ends. With ratio = sigma_s / sigma_t, for sigma of eq. 10,
 
-        x_s += k (x_0_hat - x_0_hat_before),   k = signal_s (1 - ratio) / (2 ratio)                     (11)
+        x_s += signal_s (1 - ratio) / (2 ratio) (x_0_hat - x_0_hat_before)                              (11)
 
     Churn raises sigma by the factor 1 + min(churn / S, sqrt(2) - 1) before each step from a sigma in `churn_range`, with noise
     `churn_noise` times as large as that takes, which the row before adds. Not beyond t = T, and so not before the first step.
@@ -117,8 +119,8 @@ def heun_table(
         signal_s, noise_s = schedule.at(s)
         rows.append([t, noise_s / noise, signal_s - noise_s / noise * signal, 0.0, 0.0])
         if noise_s > 0 and signal > 0:
-            k = (signal_s**2 * noise / (signal * noise_s) - signal_s) / 2
-            rows.append([s, 1.0, k, 0.0, -k])
+            weight = (signal_s**2 * noise / (signal * noise_s) - signal_s) / 2
+            rows.append([s, 1.0, weight, 0.0, -weight])
     t, a, b, c, d = np.array(rows).T
     return make_table(schedule, t, a, b, c, d=np.pad(d[:, None], [(0, 0), (0, MEMORY - 1)]))
 
@@ -141,8 +143,8 @@ def _nodes(lambdas: Float[np.ndarray, " times"], i: int, order: int) -> Float[np
     return (used - lambdas[i]) / (lambdas[i + 1] - lambdas[i]) if len(used) > 1 else np.zeros(1)
 
 
-def _weights(nodes: Float[np.ndarray, " n"], z: float, exact: bool = False) -> Float[np.ndarray, " n"]:
-    """w with sum_j w_j P(node_j) = the mean of P over 0..1 with the density e^(z theta), for polynomials P of degree < n.
+def _weights(nodes: Float[np.ndarray, " n"], zeta: float, exact: bool = False) -> Float[np.ndarray, " n"]:
+    """l with sum_j l_j P(node_j) = the mean of P over 0..1 with the density e^(zeta theta), for polynomials P of degree < n.
 
     For two nodes unless `exact`, P's mean is taken to be its value at the middle, as the authors of UniPC and 2M do.
     """
@@ -150,7 +152,7 @@ def _weights(nodes: Float[np.ndarray, " n"], z: float, exact: bool = False) -> F
         return np.ones(1)
     points, density = np.polynomial.legendre.leggauss(48)
     theta, powers = (1 + points) / 2, np.arange(len(nodes))
-    density = density * np.exp(z * theta - max(z, 0))
+    density = density * np.exp(zeta * theta - max(zeta, 0))
     moments = density @ theta[:, None] ** powers / density.sum()
     if len(nodes) == 2 and not exact:
         moments[1] = 1 / 2

@@ -28,7 +28,7 @@ def test_the_mass_of_a_level_is_that_of_scipy(sigma):
 
 @pytest.mark.parametrize("sigma_type", ["upper_bound", "lower_bound"])
 def test_each_term_is_the_divergence_by_quadrature(sigma_type):
-    """Of two normal densities on a line, that a posterior of eq. 10 and the same with x_0_hat for x_0 have."""
+    """Of two normal densities on a line, that a posterior of eq. 7 and the same with x_0_hat for x_0 have."""
     schedule = dj.cosine_schedule(8)
     x_0, x_0_hat = jnp.array([[0.2], [-0.6]]), jnp.array([[0.5], [-0.5]])
     for t in range(2, 9):
