@@ -10,7 +10,8 @@ import pytest
 import diffusion_jax
 
 PACKAGE = Path(diffusion_jax.__file__).parent
-CORE = ("schedules", "diffusion", "sampling", "layers", "unet", "mlp")
+CORE = ("schedules", "diffusion", "sampling", "unet", "mlp")
+METHOD = (*CORE, "losses", "solvers")
 
 
 def imported_modules(file: Path) -> set[str]:
@@ -24,7 +25,7 @@ def imported_modules(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("module", ["schedules", "diffusion", "sampling", "likelihood", "editing"])
+@pytest.mark.parametrize("module", ["schedules", "diffusion", "losses", "sampling", "solvers", "likelihood", "editing"])
 def test_the_mathematics_knows_no_network_optimizer_checkpoint_or_data_set(module):
     forbidden = ("flax", "optax", "orbax", "tensorflow")
     assert not [name for name in imported_modules(PACKAGE / f"{module}.py") if name.startswith(forbidden)]
@@ -42,8 +43,9 @@ def test_only_the_networks_import_linen(file):
     assert ("flax.linen" in imported_modules(file)) == (file.stem in ("layers", "unet", "mlp"))
 
 
-def test_the_core_holds_at_most_500_lines_of_code():
-    assert sum(lines_of_code(PACKAGE / f"{module}.py") for module in CORE) <= 500
+def test_the_core_holds_at_most_450_lines_of_code_and_the_whole_method_640():
+    assert sum(lines_of_code(PACKAGE / f"{module}.py") for module in CORE) <= 450
+    assert sum(lines_of_code(PACKAGE / f"{module}.py") for module in METHOD) <= 640
 
 
 def lines_of_code(file: Path) -> int:
