@@ -21,10 +21,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 SUITES = {  # the quickest to notice first
-    "schedules": "schedules properties reference gaussian_oracle diffusion sampling",
-    "diffusion": "diffusion reference loss_oracle properties sampling",
-    "sampling": "sampling reference properties gaussian_oracle editing",
-    "likelihood": "likelihood",
+    "schedules": "schedules peers properties reference sampling paths",
+    "diffusion": "diffusion reference loss_oracle properties sampling paths",
+    "losses": "diffusion loss_oracle reference paths likelihood",
+    "sampling": "sampling reference peers properties gaussian_oracle editing paths",
+    "solvers": "peers sampling paths",
+    "likelihood": "likelihood flow_likelihood",
     "editing": "editing",
 }
 OPERATORS = {
@@ -36,10 +38,10 @@ OPERATORS = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
 }
-SWAPS = {"t": "s", "s": "t", "a": "s", "x_t": "x_0", "x_0": "x_t", "k": "m", "alpha_bar_t": "alpha_bar_s"}
-SWAPS |= {"var_t": "var_s", "var_s": "var_t", "alpha_bar_s": "alpha_bar_t", "x_0_hat": "x_0_hat_before", "b": "a"}
+PAIRS = [("t", "s"), ("signal", "noise"), ("x_t", "x_0"), ("k", "m"), ("signal_t", "signal_s"), ("noise_t", "noise_s")]
+PAIRS += [("p", "q"), ("to_p", "to_q"), ("a", "b"), ("e", "f"), ("nodes", "lambdas"), ("rise", "fall"), ("w", "unknown")]
+SWAPS = {one: other for pair in PAIRS for one, other in (pair, pair[::-1])}
 EQUIVALENT = {
-    "np.zeros_like(": "zeros all the same",
     "x_0.ndim": "x_0 and x_t have one rank",
     "x_t.ndim": "x_0 and x_t have one rank",
     "FAR =": "any number that is far",
@@ -85,7 +87,8 @@ def mutate(node: ast.AST, bound: set[str]) -> Iterator[tuple[str, ast.AST]]:
 def mutants(module: str) -> Iterator[Mutant]:
     source = (ROOT / "diffusion_jax" / f"{module}.py").read_text()
     tree = ast.parse(source)
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.Assign)]
+    nodes = [node for part in tree.body for node in (part.body if isinstance(part, ast.ClassDef) else [part])]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.Assign)]
     for function in functions:
         bound = {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
         bound |= {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

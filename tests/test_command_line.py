@@ -62,8 +62,14 @@ BAD_MNIST = {
     "--loss-weighting min_snr --loss-type bound --sigma-type learned --target-type pred_v": ("--loss-weighting", "none"),
     "--loss-type hybrid": ("--loss-type", "l2 or l1", "got hybrid"),
     "--noise-schedule-type flow --target-type pred_eps": ("--target-type", "other than pred_eps with flow", "got pred_eps"),
-    "--time-density log_normal --loss-type bound --sigma-type learned --target-type pred_v": ("--time-density", "uniform"),
-    "--stratified --loss-type bound --sigma-type learned --target-type pred_v": ("--stratified", "left out"),
+    "--time-density log_normal --loss-type bound --sigma-type learned --target-type pred_v --loss-weighting none": (
+        "--time-density",
+        "uniform",
+    ),
+    "--stratified --loss-type bound --sigma-type learned --target-type pred_v --loss-weighting none": (
+        "--stratified",
+        "left out",
+    ),
 }
 
 

@@ -30,7 +30,7 @@ def results(params, x, t, keys):
     """A bit of everything, and the gradient of a loss."""
 
     def predict(x_t, t):
-        return NETWORK.apply(params, x_t, t, t % 3)
+        return NETWORK.apply(params, x_t, t, t.astype(int) % 3)
 
     def loss(params):
         predict = lambda x_t, t: NETWORK.apply(params, x_t, t)  # noqa: E731
