@@ -5,11 +5,9 @@
 
 prints Markdown, for this project's solvers on its grids and for the best of diffusers' (chosen afterwards, for each data set
 and number of calls). Of each it gives the sliced Wasserstein-2 distance of 20,000 samples from as many fresh data, mean and
-deviation of three seeds, which even for perfect samples is that of data from other data; and after a comma the distance from
+deviation of three seeds, whose floor is the distance of data from other data; and after a comma the distance from
 the ends of the probability flow from the same normal draws, which for perfect samples is 0. `path` is the schedule of this
 project: cosine, as diffusers', or linear, flow or exploding. The network makes no error: what is left is solver and grid.
-
-Beside what the library has, it measures a candidate for a default: `even_times` and `cosine_unipc_table`.
 """
 
 import json
@@ -26,6 +24,7 @@ SOLVERS = {
     "DDIM": dj.ddim_table,
     **{f"DPM++ {order}": partial(dj.dpm_solver_table, order=order) for order in (2, 3)},
     **{f"UniPC {order}": partial(dj.unipc_table, order=order) for order in (2, 3)},
+    **{f"UniPC {order} in the signal": partial(dj.unipc_table, order=order, variable="signal") for order in (2, 3)},
     **{f"DEIS {order}": partial(dj.deis_table, order=order) for order in (2, 3)},
     "Heun": dj.heun_table,
 }
@@ -35,57 +34,6 @@ SCHEDULES = {
     "flow": dj.flow_schedule,
     "exploding": dj.variance_exploding_schedule,
 }
-POWER = 1.2
-
-
-def even_times(schedule: dj.NoiseSchedule, steps: int, power: float = POWER) -> np.ndarray:
-    """From T to 0 even in u = r / (1 + r), r = sigma^(1 / power); but t_1 is at least 1.
-
-    u is about 1 without signal, 1/2 at as much noise as data of deviation 1, and 0 at the data. Even steps in it end with ever
-    less noise, sigma_1 = (1 / (S - 1))^power, as S grows.
-    """
-    with np.errstate(divide="ignore"):
-        u = 1 / (1 + schedule.sigma ** (-1 / power))
-    u = np.linspace(u[-1], max(u[1], u[-1] / steps), steps)[1:]
-    times = schedule.time_of((u / (1 - u)) ** power)
-    return np.concatenate([[schedule.num_timesteps], times, [0.0]]).astype(np.float32).astype(np.float64)
-
-
-def cosine_unipc_table(schedule: dj.NoiseSchedule, times: np.ndarray, order: int = 3) -> dj.SamplerTable:
-    """UniPC with x_0_hat a polynomial in w = 1 / sqrt(1 + sigma^2) in place of lambda; the last step still ends at x_0_hat.
-
-    For normal data of deviation 1, x_0_hat is linear in w along the flow, so two nodes leave no error. And w is 0 without
-    signal, where lambda is infinite, so a call there is a node like any other. A step to s adds noise_s (q_s - q_t) times the
-    mean of x_0_hat over q = 1 / sigma.
-    """
-    table = dj.ddim_table(schedule, sampling_timesteps=times)
-    signal, noise = schedule.at(times)
-    with np.errstate(divide="ignore"):
-        q = signal / noise
-    w = signal / np.hypot(signal, noise)
-    coefficients, before = np.zeros((len(table.t), 4)), None
-    for i in range(len(table.t)):
-        nodes = i - np.arange(min(order, i + 1, len(table.t) - i))
-        mean = _weights(w[nodes], w[i], w[i + 1], q[i], q[i + 1])
-        coefficients[i, : len(nodes)] = table.b[i] * mean
-        if before is not None:  # the step before, corrected by x_0_hat at its end
-            corrected = _weights(w[np.append(i, before[0])], w[i - 1], w[i], q[i - 1], q[i])
-            corrected[1:] -= before[1]
-            coefficients[i, : len(corrected)] += table.a[i] * table.b[i - 1] * corrected
-        before = nodes, mean
-    return table._replace(b=coefficients[:, 0], d=coefficients[:, 1:])
-
-
-def _weights(nodes: np.ndarray, w_t: float, w_s: float, q_t: float, q_s: float) -> np.ndarray:
-    """c with sum_j c_j P(w_j) = the mean of P(w) over q from q_t to q_s, for polynomials P of degree < n."""
-    if len(nodes) == 1:
-        return np.ones(1)
-    points, density = np.polynomial.legendre.leggauss(48)
-    x = np.arcsinh(q_t) + (np.arcsinh(q_s) - np.arcsinh(q_t)) * (1 + points) / 2  # q = sinh(x), w = tanh(x)
-    density = density * np.cosh(x) / np.cosh(x[-1])
-    theta, powers = (np.tanh(x) - w_t) / (w_s - w_t), np.arange(len(nodes))
-    moments = density @ theta[:, None] ** powers / density.sum()
-    return np.linalg.solve(((nodes - w_t) / (w_s - w_t)) ** powers[:, None], moments)
 
 
 def walk(table: dj.SamplerTable, schedule: dj.NoiseSchedule, data: Mixture, x: np.ndarray) -> np.ndarray:
@@ -102,15 +50,12 @@ def walk(table: dj.SamplerTable, schedule: dj.NoiseSchedule, data: Mixture, x: n
 
 def tables(schedule: dj.NoiseSchedule, calls: int) -> dict[tuple[str, str], dj.SamplerTable]:
     """By solver and grid. Heun's S steps take 2 S - 1 calls, so it makes one fewer where `calls` is even."""
-    grids = {name: partial(dj.sampling_times, schedule, spacing=name) for name in ("time", "log_snr", "karras")}
-    grids["even"] = partial(even_times, schedule)
+    grids = {name: partial(dj.sampling_times, schedule, spacing=name) for name in ("time", "log_snr", "karras", "flow")}
     result = {}
     for grid, times in grids.items():
         for solver, make_table in SOLVERS.items():
             steps = (calls + 1) // 2 if solver == "Heun" else calls
             result[solver, grid] = make_table(schedule, sampling_timesteps=times(steps))
-        result["cosine UniPC 3", grid] = cosine_unipc_table(schedule, times(calls))
-    result["UniPC 3", "even, power 1"] = dj.unipc_table(schedule, even_times(schedule, calls, 1.0), order=3)
     return result
 
 

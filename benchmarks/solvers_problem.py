@@ -50,7 +50,7 @@ def mixture(weights: np.ndarray, means: np.ndarray, deviations: np.ndarray, rota
 
 
 def data_sets() -> dict[str, Mixture]:
-    """Three that `even_times` of solvers.py was chosen on, and two that were kept for a check."""
+    """Three that the spacing "flow" was chosen on, and two that were kept for a check."""
     rng, even = np.random.default_rng(0), np.ones(10)
     rotation = lambda d: np.linalg.qr(rng.standard_normal((d, d)))[0]  # noqa: E731
     axes = np.geomspace(1, 0.03, 16)

@@ -22,10 +22,11 @@ from diffusion_jax.diffusion import Denoise, check_choice, posterior_coefficient
 from diffusion_jax.schedules import NoiseSchedule, karras_sigmas
 
 SigmaType = Literal["upper_bound", "lower_bound", "zero", "learned"]
-Spacing = Literal["time", "log_snr", "karras"]
+Spacing = Literal["time", "log_snr", "karras", "flow"]
 Steps = int | Float[np.ndarray, " times"] | None
 """S, for steps evenly spaced in t; or times from `sampling_times`; or None for all T."""
 Column = Float[np.ndarray, " S"]
+FLOW_POWER = 1.2
 MEMORY = 3
 
 
@@ -60,17 +61,25 @@ def sampling_times(
 ) -> Float[np.ndarray, " times"]:
     """T = t_S > ... > t_0 = 0, of which S = `sampling_timesteps`, by default T, are where the network is called.
 
-    "time" spaces them evenly in t, rounded to rows; "log_snr" evenly in log(noise / signal), and "karras" in
-    (noise / signal)^(1 / rho) [Karras et al. 2022, eq. 5], down to that of t = 1, where t_1 is 1. These are real times, rounded
-    to float32, the dtype that the network is told them in. Where there is no signal at T, the first two grids begin their
-    spacing at the last row that has some. Raises ValueError on an unknown spacing, or unless 1 <= S <= T.
+    "time" spaces them evenly in t, rounded to rows; the others are real times, rounded to float32, the dtype that the network
+    is told them in. "log_snr" spaces them evenly in log(sigma), sigma = noise / signal, and "karras" in sigma^(1 / rho)
+    [Karras et al. 2022, eq. 5], down to t_1 = 1; where there is no signal at T, from the last row that has some. "flow" spaces
+    them evenly in u = 1 / (1 + sigma^(-1 / 1.2)), which is near to t / T of rectified flow, so that sigma_1 falls with S.
+    Raises ValueError on an unknown spacing, or unless 1 <= S <= T.
     """
     check_choice("spacing", spacing, get_args(Spacing))
+    rows = strided_timesteps(schedule.num_timesteps, sampling_timesteps)
     if spacing == "time":
-        return strided_timesteps(schedule.num_timesteps, sampling_timesteps).astype(np.float64)
-    steps = len(strided_timesteps(schedule.num_timesteps, sampling_timesteps)) - 1
-    ends = schedule.sigma[1], schedule.sigma[np.isfinite(schedule.sigma)][-1]
-    sigmas = karras_sigmas(steps, *ends, rho) if spacing == "karras" else np.geomspace(*ends, steps)
+        return rows.astype(np.float64)
+    steps, sigma = len(rows) - 1, schedule.sigma[np.isfinite(schedule.sigma)]
+    if spacing == "flow":
+        first, last = 1 / (1 + schedule.sigma[[1, -1]] ** (-1 / FLOW_POWER))
+        u = np.linspace(max(first, last / steps), last, steps)[:-1]
+        sigmas = np.append((u / (1 - u)) ** FLOW_POWER, sigma[-1])
+    elif spacing == "karras":
+        sigmas = karras_sigmas(steps, sigma[1], sigma[-1], rho)
+    else:
+        sigmas = np.geomspace(sigma[1], sigma[-1], steps)
     times = schedule.time_of(sigmas[::-1]).astype(np.float32).astype(np.float64)
     return np.concatenate([[schedule.num_timesteps], times[1:], [0.0]])
 

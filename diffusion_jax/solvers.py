@@ -7,18 +7,23 @@ In lambda = log(signal / noise) = -log(sigma), with h = lambda_s - lambda_t, the
 
 the mean over the step theta = (lambda - lambda_t) / h in 0..1 with the density e^(h theta). DDIM takes x_0_hat of its
 beginning. Here it is a polynomial through x_0_hat at several times, so the mean is a weighted sum, whose weights are known
-beforehand. Where h is infinite, at the last step and at a first one without signal, a step is DDIM's, and the first steps and
-the last have lower orders, since there is nothing before them or nothing left to gain.
+beforehand. Where h is infinite, at the last step, a step is DDIM's. The first steps and the last have lower orders, since there
+is nothing before them or nothing left to gain.
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from diffusion_jax.diffusion import check_choice
 from diffusion_jax.sampling import MEMORY, SamplerTable, Steps, as_times, ddim_steps, make_table
 from diffusion_jax.schedules import NoiseSchedule
+
+Variable = Literal["log_snr", "signal"]
+LARGEST_RATIO = 100.0
+NO_SIGNAL = 25.0  # -lambda where there is none, which is infinite; sigma is 7e10 there
 
 
 def dpm_solver_table(
@@ -33,35 +38,47 @@ def dpm_solver_table(
     return multistep_table(schedule, as_times(schedule, sampling_timesteps), eta, order)
 
 
-def unipc_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None, order: int = 2) -> SamplerTable:
+def unipc_table(
+    schedule: NoiseSchedule, sampling_timesteps: Steps = None, order: int = 2, variable: str = "log_snr"
+) -> SamplerTable:
     """UniPC [Zhao et al. 2023, with B(h) = e^h - 1], of order 2 or 3: a step corrected by x_0_hat at its end.
 
-    The next step needs that anyway, so it costs no network call. Raises ValueError as `dpm_solver_table` does.
+    The next step needs that anyway, so it costs no network call. The polynomial is in lambda, as in the paper, or with
+    `variable` "signal" in 1 / sqrt(1 + sigma^2), in which x_0_hat is linear for data N(0, I). That is the better one at few
+    calls with the spacing "flow", and needs one that does not crowd its steps where there is little signal. Raises ValueError
+    on an unknown variable, and as `dpm_solver_table` does.
     """
-    return multistep_table(schedule, as_times(schedule, sampling_timesteps), 0.0, order, corrects=True)
+    check_choice("variable", variable, get_args(Variable))
+    return multistep_table(schedule, as_times(schedule, sampling_timesteps), 0.0, order, corrects=True, variable=variable)
 
 
 def multistep_table(
-    schedule: NoiseSchedule, times: Float[np.ndarray, " times"], eta: float, order: int, corrects: bool = False
+    schedule: NoiseSchedule,
+    times: Float[np.ndarray, " times"],
+    eta: float,
+    order: int,
+    corrects: bool = False,
+    variable: str = "log_snr",
 ) -> SamplerTable:
     """Steps through the times with x_0_hat of the last `order` of them; the times may also go up if eta = 0 (eq. 10)."""
     _check_order(order)
-    table = ddim_steps(schedule, times, eta)
-    lambdas, signal = _lambda(schedule, times), schedule.at(times)[0]
+    table, lambdas, signal = ddim_steps(schedule, times, eta), _lambda(schedule, times), schedule.at(times)[0]
     with np.errstate(divide="ignore"):  # h, or for eta > 0 what takes its place: e^-zeta = a signal_t / signal_s
         zeta = -np.log(table.a * signal[:-1] / signal[1:])
-    weights, steps = np.zeros((len(table.t), 1 + MEMORY)), len(table.t)
-    before = None
+    zeta = np.where(np.isinf(zeta), np.diff(lambdas), zeta)
+    coefficients, steps = np.zeros((len(table.t), 1 + MEMORY)), len(table.t)
+    before, mean_before = lambdas[:1], np.ones(1)
     for i in range(steps):
-        nodes = _nodes(lambdas, i, order)
-        mean = _weights(nodes, zeta[i])
-        weights[i, : len(nodes)] = table.b[i] * mean
-        if corrects and before is not None:
-            corrected = _weights(np.append(1.0, before[0]), zeta[i - 1])
-            corrected[1:] -= before[1]
-            weights[i, : len(corrected)] += table.a[i] * table.b[i - 1] * corrected
-        before = (nodes, mean) if np.isfinite(zeta[i]) else None
-    return table._replace(b=weights[:, 0], d=weights[:, 1:])
+        nodes, mean = lambdas[_used(i, order, steps)], np.ones(1)
+        if len(nodes) > 1:
+            mean = _weights(nodes, lambdas[i : i + 2], zeta[i], variable)
+        coefficients[i, : len(nodes)] = table.b[i] * mean
+        if corrects and i > 0:
+            corrected = _weights(np.append(lambdas[i], before), lambdas[i - 1 : i + 1], zeta[i - 1], variable)
+            corrected[1:] -= mean_before
+            coefficients[i, : len(corrected)] += table.a[i] * table.b[i - 1] * corrected
+        before, mean_before = nodes, mean
+    return table._replace(b=coefficients[:, 0], d=coefficients[:, 1:])
 
 
 def deis_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None, order: int = 3) -> SamplerTable:
@@ -75,8 +92,8 @@ def deis_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None, order:
     table, lambdas = ddim_steps(schedule, times), _lambda(schedule, times)
     signal, noise = schedule.at(times)
     for i in range(1, len(table.t) - 1):
-        nodes = _nodes(lambdas, i, order)
-        weights = _weights(nodes, lambdas[i] - lambdas[i + 1], exact=True)
+        nodes = lambdas[_used(i, order, len(table.t))]
+        weights = _weights(nodes, lambdas[i : i + 2], lambdas[i] - lambdas[i + 1], exact=True)
         step = noise[i + 1] - signal[i + 1] * noise[i] / signal[i]
         table.a[i] += step * (weights[0] - 1) / noise[i]
         table.b[i] -= step * (weights[0] - 1) * signal[i] / noise[i]
@@ -97,9 +114,10 @@ def heun_table(
 
         x_s += signal_s (1 - ratio) / (2 ratio) (x_0_hat - x_0_hat_before)                              (11)
 
-    Churn raises sigma by the factor 1 + min(churn / S, sqrt(2) - 1) before each step from a sigma in `churn_range`, with noise
-    `churn_noise` times as large as that takes, which the row before adds. Not beyond t = T, and so not before the first step.
-    Raises ValueError on a negative churn or on steps outside 1..T.
+    Not where ratio < 1 / 100: a step from next to no signal would be all correction. Churn raises sigma by the factor
+    1 + min(churn / S, sqrt(2) - 1) before each step from a sigma in `churn_range`, with noise `churn_noise` times as large as
+    that takes, which the row before adds. Not beyond t = T, and so not before the first step. Raises ValueError on a negative
+    churn or on steps outside 1..T.
     """
     if not churn >= 0:
         raise ValueError(f"churn must be at least 0, got {churn}")
@@ -118,7 +136,7 @@ def heun_table(
             signal, noise = raised, high
         signal_s, noise_s = schedule.at(s)
         rows.append([t, noise_s / noise, signal_s - noise_s / noise * signal, 0.0, 0.0])
-        if noise_s > 0 and signal > 0:
+        if noise * signal_s < LARGEST_RATIO * signal * noise_s:
             weight = (signal_s**2 * noise / (signal * noise_s) - signal_s) / 2
             rows.append([s, 1.0, weight, 0.0, -weight])
     t, a, b, c, d = np.array(rows).T
@@ -133,27 +151,33 @@ def _check_order(order: int) -> None:
 def _lambda(schedule: NoiseSchedule, times: Float[np.ndarray, " times"]) -> Float[np.ndarray, " times"]:
     signal, noise = schedule.at(times)
     with np.errstate(divide="ignore"):
-        return np.log(signal) - np.log(noise)
+        return np.maximum(np.log(signal) - np.log(noise), -NO_SIGNAL)
 
 
-def _nodes(lambdas: Float[np.ndarray, " times"], i: int, order: int) -> Float[np.ndarray, " used"]:
-    """theta of x_0_hat at the beginning of step i and before it, as many as the order allows and the steps left are worth."""
-    used = lambdas[i - np.arange(min(order, i + 1, len(lambdas) - 1 - i))]
-    used = used[np.isfinite(used) | (used == lambdas[i])]
-    return (used - lambdas[i]) / (lambdas[i + 1] - lambdas[i]) if len(used) > 1 else np.zeros(1)
+def _used(i: int, order: int, steps: int) -> Int[np.ndarray, " used"]:
+    """The steps whose x_0_hat step i takes, its own first: as many as the order allows, and as there are before and after."""
+    return i - np.arange(min(order, i + 1, steps - i))
 
 
-def _weights(nodes: Float[np.ndarray, " n"], zeta: float, exact: bool = False) -> Float[np.ndarray, " n"]:
-    """l with sum_j l_j P(node_j) = the mean of P over 0..1 with the density e^(zeta theta), for polynomials P of degree < n.
+def _weights(
+    nodes: Float[np.ndarray, " n"],
+    step: Float[np.ndarray, "2"],
+    zeta: float,
+    variable: str = "log_snr",
+    exact: bool = False,
+) -> Float[np.ndarray, " n"]:
+    """l with sum_j l_j P(node_j) = the mean of P over the step with the density e^(zeta theta), if P has a degree below n.
 
-    For two nodes unless `exact`, P's mean is taken to be its value at the middle, as the authors of UniPC and 2M do.
+    P is a polynomial in the `variable`; nodes and the ends of the step are lambdas. For two nodes in lambda, unless `exact`,
+    the mean of P is taken to be its value at the middle, as the authors of UniPC and 2M do.
     """
-    if len(nodes) == 1:
-        return np.ones(1)
     points, density = np.polynomial.legendre.leggauss(48)
     theta, powers = (1 + points) / 2, np.arange(len(nodes))
     density = density * np.exp(zeta * theta - max(zeta, 0))
-    moments = density @ theta[:, None] ** powers / density.sum()
-    if len(nodes) == 2 and not exact:
+    place = np.asarray if variable == "log_snr" else lambda lambdas: 1 / np.sqrt(1 + np.exp(-2 * lambdas))
+    begin, end = place(step)
+    at = lambda lambdas: (place(lambdas) - begin) / (end - begin)  # noqa: E731
+    moments = density @ at(step[0] + theta * (step[1] - step[0]))[:, None] ** powers / density.sum()
+    if len(nodes) == 2 and variable == "log_snr" and not exact:
         moments[1] = 1 / 2
-    return np.linalg.solve(nodes[None, :] ** powers[:, None], moments)
+    return np.linalg.solve(at(nodes)[None, :] ** powers[:, None], moments)

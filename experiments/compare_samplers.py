@@ -52,7 +52,7 @@ class Config:
     """N, of generated and of training images alike."""
     calls: tuple[int, ...] = (5, 10, 20, 50)
     """Numbers of network calls, each for every sampler; Heun's method takes the next lower odd number."""
-    spacing: Spacing = "time"
+    spacing: Spacing | None = None
     """As in sample.py."""
     all_steps: bool = False
     """Ancestral sampling of the upper bound with all T steps as well."""

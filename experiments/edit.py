@@ -52,7 +52,7 @@ class Config:
     """Network calls from noise to image; by default 100, or all T of the run if they are fewer."""
     sampler: Sampler | None = None
     """As in sample.py; by default ddim to interpolate, and ancestral for the rest."""
-    spacing: Spacing = "time"
+    spacing: Spacing | None = None
     """As in sample.py."""
     seed: int = 0
     """Of the noise."""

@@ -47,7 +47,7 @@ class Config:
     """Network calls for each sample; by default 50, or all T of the run if they are fewer."""
     sampler: Sampler = "ancestral"
     """As in sample.py."""
-    spacing: Spacing = "time"
+    spacing: Spacing | None = None
     """As in sample.py."""
     eta: float = 0.0
     """For ddim, dpm_solver and dpm_solver_3m: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""

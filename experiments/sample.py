@@ -36,8 +36,8 @@ class Config:
     """Network calls for each sample; by default all T of the run."""
     sampler: Sampler = "ancestral"
     """Ancestral sampling has the variance that the run was configured with; dpm_solver is DPM-Solver++(2M)."""
-    spacing: Spacing = "time"
-    """How the timesteps are spaced: evenly in t, evenly in the log-SNR, or by the rule of Karras et al. (2022)."""
+    spacing: Spacing | None = None
+    """Evenly in t, in the log-SNR, by the rule of Karras et al. (2022), or as in flow; by default flow for unipc, or time."""
     eta: float = 0.0
     """For ddim, dpm_solver and dpm_solver_3m: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
     seed: int = 0

@@ -26,18 +26,23 @@ def solver_table(
     sampler: str,
     schedule: dj.NoiseSchedule,
     calls: int | None = None,
-    spacing: str = "time",
+    spacing: str | None = None,
     sigma_type: str = "upper_bound",
     eta: float = 0.0,
 ) -> dj.SamplerTable:
-    """The table of a `Sampler` of so many network calls, by default T, or T / 2 steps of Heun's method."""
+    """The table of a `Sampler` of so many network calls, by default T, or T / 2 steps of Heun's method.
+
+    Steps are evenly spaced in t by default, and UniPC's as in flow, with a polynomial in the signal, which goes with that.
+    """
+    spacing = spacing or ("flow" if sampler == "unipc" else "time")
+    unipc = partial(dj.unipc_table, order=3, variable="signal" if spacing == "flow" else "log_snr")
     tables = {
         "ancestral": partial(dj.ancestral_table, sigma_type=sigma_type),
         "ddim": partial(dj.ddim_table, eta=eta),
         "dpm_solver": partial(dj.dpm_solver_table, eta=eta),
         "dpm_solver_3m": partial(dj.dpm_solver_table, eta=eta, order=3),
         "heun": dj.heun_table,
-        "unipc": dj.unipc_table,
+        "unipc": unipc,
         "deis": dj.deis_table,
     }
     calls = schedule.num_timesteps if calls is None else calls

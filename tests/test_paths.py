@@ -28,6 +28,8 @@ SOLVERS = {
     "heun": (dj.heun_table, 2),
     "unipc 2": (dj.unipc_table, 3),
     "unipc 3": (partial(dj.unipc_table, order=3), 4),
+    "unipc 2 in the signal": (partial(dj.unipc_table, variable="signal"), 3),
+    "unipc 3 in the signal": (partial(dj.unipc_table, order=3, variable="signal"), 4),
     "deis 2": (partial(dj.deis_table, order=2), 2),
     "deis 3": (dj.deis_table, 3),
 }
@@ -74,7 +76,7 @@ def test_order_of_convergence(path, name, exact):
         v = walk(table, denoiser(schedule), signal[0] * 20 * START)[at_low] / signal[-2]
         errors.append(np.sqrt(np.mean((v - exact(20 * START, noise[0] / signal[0], noise[-2] / signal[-2])) ** 2)))
     slope = -np.polyfit(np.log(lengths), np.log(errors), 1)[0]
-    assert slope == pytest.approx(order, abs=0.45 if name == "unipc 3" else 0.25)
+    assert slope == pytest.approx(order, abs=0.45 if "unipc 3" in name else 0.25)
     assert errors[-1] < {1: 2e-2, 2: 2e-4, 3: 1e-5, 4: 1e-6}[order]
 
 
@@ -207,8 +209,10 @@ def test_float32_bears_the_coefficients_of_coarse_grids(path):
 
     draw = jax.jit(partial(dj.sample, denoise, shape=(2,)))
     keys = jax.random.split(jax.random.key(0), len(START))
-    for make_table in (*[make_table for make_table, _ in SOLVERS.values()], *STOCHASTIC.values()):
-        for spacing in ("time", "log_snr", "karras"):
+    for name, make_table in ({name: make_table for name, (make_table, _) in SOLVERS.items()} | STOCHASTIC).items():
+        for spacing in ("time", "log_snr", "karras", "flow"):
+            if "signal" in name and spacing != "flow":  # its nodes would crowd where there is little signal
+                continue
             table = make_table(schedule, sampling_timesteps=dj.sampling_times(schedule, 5, spacing))
             table = table._replace(c=np.zeros_like(table.c))
             assert len(np.unique(table.t)) >= 5
@@ -249,6 +253,29 @@ def test_ten_karras_steps_are_ten_distinct_times():
     np.testing.assert_allclose(steps, steps[0], rtol=2e-3)  # times are float32
     steps = np.diff(np.log(np.divide(*schedule.at(dj.sampling_times(schedule, 10, "log_snr")[:-1]))))
     np.testing.assert_allclose(steps, steps[0], rtol=2e-3)
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 500])
+def test_steps_spaced_as_in_flow_are_even_there_and_end_nearer_to_the_data_the_more_there_are(path, steps):
+    times = dj.sampling_times(PATHS[path], steps, "flow")
+    assert (len(times), times[0], times[-1]) == (steps + 1, T, 0)
+    assert np.all(np.diff(times) < 0)
+    signal, noise = PATHS[path].at(times[1:-1])
+    u = (noise / signal) ** (1 / 1.2) / (1 + (noise / signal) ** (1 / 1.2))
+    first = 1 / (1 + PATHS[path].sigma[-1] ** (-1 / 1.2))
+    np.testing.assert_allclose(u, np.linspace(first, max(first / steps, u.min(initial=1)), steps)[1:], rtol=2e-3)
+
+
+def test_in_the_signal_standard_normal_data_need_two_nodes():
+    """x_0_hat is linear in it along the flow, so from the second step on UniPC of order 2 is exact."""
+    for schedule in PATHS.values():
+        times = dj.sampling_times(schedule, 6, "flow")
+        table, scale = dj.unipc_table(schedule, times, 2, "signal"), np.hypot(*schedule.at(times))
+        best = lambda x_t, t, schedule=schedule: schedule.at(t)[0] / np.sum(np.square(schedule.at(t))) * x_t  # noqa: E731
+        path = np.array([x[0, 0] for x in walk(table, best, np.full((1, 1), scale[0]))])
+        corrected = path[2:-1] / scale[2:-1]  # along the flow x_t / scale stays as it is; the first step is of order 1
+        np.testing.assert_allclose(corrected, corrected[0], rtol=1e-2)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -322,12 +349,14 @@ def test_times_are_drawn_with_their_density(path, density):
 
 
 def test_an_unknown_choice_is_named():
-    with pytest.raises(ValueError, match="spacing must be one of time, log_snr, karras; got 'sigma'"):
+    with pytest.raises(ValueError, match="spacing must be one of time, log_snr, karras, flow; got 'sigma'"):
         dj.sampling_times(PATHS["flow"], 10, "sigma")
     with pytest.raises(ValueError, match=r"density must be one of .* got 'beta'"):
         time_density(PATHS["flow"], "beta")
     with pytest.raises(ValueError, match="time must be one of t, log_snr; got 'sigma'"):
         dj.normalized(PATHS["flow"], lambda x_t, t: x_t, "sigma")
+    with pytest.raises(ValueError, match="variable must be one of log_snr, signal; got 'x'"):
+        dj.unipc_table(PATHS["flow"], variable="x")
     with pytest.raises(ValueError, match="order must be 1, 2 or 3, got 4"):
         dj.unipc_table(PATHS["flow"], order=4)
     with pytest.raises(ValueError, match="churn must be at least 0, got -1"):

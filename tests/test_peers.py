@@ -32,14 +32,14 @@ TABLES = {
 ours = solvers._weights
 
 
-def weights_of_3m(nodes, z, exact=False, two_exact=False):
+def weights_of_3m(nodes, step, zeta, variable="log_snr", exact=False, two_exact=False):
     """Ours, but that the peers' 3M gives its second difference half of a polynomial's weight, so that its order is 2, and that
     k-diffusion's second step integrates its line exactly."""
     if len(nodes) < 3:
-        return ours(nodes, z, two_exact)
-    moments = [scipy.integrate.quad(lambda x, k=k: x**k * np.exp(z * (x - 1)), 0, 1, epsabs=1e-14)[0] for k in range(3)]
+        return ours(nodes, step, zeta, variable, two_exact)
+    moments = [scipy.integrate.quad(lambda x, k=k: x**k * np.exp(zeta * (x - 1)), 0, 1, epsabs=1e-14)[0] for k in range(3)]
     moments = np.array(moments) / moments[0] * [1, 1, 1 / 2]
-    return np.linalg.solve(nodes[None, :] ** np.arange(3)[:, None], moments)
+    return np.linalg.solve(((nodes - step[0]) / (step[1] - step[0]))[None, :] ** np.arange(3)[:, None], moments)
 
 
 @pytest.mark.parametrize("name", TABLES)
