@@ -100,13 +100,8 @@ def as_times(schedule: NoiseSchedule, steps: Steps) -> Float[np.ndarray, " times
     if steps is None or np.ndim(steps) == 0:
         return sampling_times(schedule, steps)  # pyright: ignore[reportArgumentType]
     times = np.asarray(steps, np.float32).astype(np.float64)
-    if (
-        times.ndim != 1
-        or len(times) < 2
-        or times[-1] != 0
-        or times[0] > schedule.num_timesteps
-        or not np.all(np.diff(times) < 0)
-    ):
+    inside = times.ndim == 1 and len(times) > 1 and times[-1] == 0 and times[0] <= schedule.num_timesteps
+    if not (inside and np.all(np.diff(times) < 0)):
         raise ValueError(f"times must go strictly down to 0, from at most T = {schedule.num_timesteps}, got {times}")
     return times
 

@@ -43,9 +43,9 @@ def test_only_the_networks_import_linen(file):
     assert ("flax.linen" in imported_modules(file)) == (file.stem in ("layers", "unet", "mlp"))
 
 
-def test_the_core_holds_at_most_450_lines_of_code_and_the_whole_method_640():
+def test_the_core_holds_at_most_450_lines_of_code_and_the_whole_method_650():
     assert sum(lines_of_code(PACKAGE / f"{module}.py") for module in CORE) <= 450
-    assert sum(lines_of_code(PACKAGE / f"{module}.py") for module in METHOD) <= 640
+    assert sum(lines_of_code(PACKAGE / f"{module}.py") for module in METHOD) <= 650
 
 
 def lines_of_code(file: Path) -> int:
