@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Real
+from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from diffusion_jax.schedules import NoiseSchedule
 
@@ -133,9 +133,9 @@ def check_target(schedule: NoiseSchedule, target_type: Target) -> None:
 def normalized(schedule: NoiseSchedule, network: Predict, time: str = "t") -> Predict:
     """The network as predict(x_t, t), where it sees x_t / sqrt(signal^2 + noise^2), of variance 1 if the data are.
 
-    On variance-preserving paths that is x_t itself. With `time` "log_snr" the network is told 2000 / pi arctan(noise / signal)
-    in place of t: a number from 0 to 1000 that the log-SNR determines, so that a network trained on x_0, eps or "edm" can
-    move to another path. Raises ValueError on an unknown `time`.
+    On variance-preserving paths that is x_t itself; between rows the divisor is linear in t. With `time` "log_snr" the network
+    is told 2000 / pi arctan(noise / signal) in place of t: a number from 0 to 1000 that the log-SNR determines, so that a
+    network trained on x_0, eps or "edm" can move to another path. Raises ValueError on an unknown `time`.
     """
     check_choice("time", time, ("t", "log_snr"))
     scale = (schedule.signal**2 + schedule.noise**2) ** 0.5
@@ -174,9 +174,9 @@ def posterior_coefficients(
 
 
 def posterior(
-    schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], t: Real[Array, " B"]
+    schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], t: Int[Array, " B"]
 ) -> tuple[Float[Array, "B *shape"], Float[Array, " B"]]:
-    """Mean and variance of q(x_{t-1} | x_t, x_0) for t in 1..T (eq. 7 with s = t - 1).
+    """Mean and variance of q(x_{t-1} | x_t, x_0) for whole t in 1..T (eq. 7 with s = t - 1).
 
     Raises ValueError unless x_0 has x_t's shape.
     """

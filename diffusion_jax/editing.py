@@ -78,7 +78,8 @@ def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> Sampl
 def part_way(table: SamplerTable, t: int | float) -> SamplerTable:
     """The rows of a table that leave times of at most t. Begin at data noised to the first of them, which is `.t[0]`.
 
-    Raises ValueError if there is none, as for t < 1, or if the table's steps do not go down.
+    Steps that take values from before the first of them use their own instead, at a loss of order for UniPC; a table of the
+    remaining times has none. Raises ValueError if there is none, or if the table's steps do not go down.
     """
     _check_goes_down(table)
     rest = SamplerTable(*(column[(table.t <= t) & (table.t > 0)].copy() for column in table))

@@ -65,13 +65,15 @@ def sampling_times(
     is told them in. "log_snr" spaces them evenly in log(sigma), sigma = noise / signal, and "karras" in sigma^(1 / rho)
     [Karras et al. 2022, eq. 5], down to t_1 = 1; where there is no signal at T, from the last row that has some. "flow" spaces
     them evenly in u = 1 / (1 + sigma^(-1 / 1.2)), which is near to t / T of rectified flow, so that sigma_1 falls with S.
-    Raises ValueError on an unknown spacing, or unless 1 <= S <= T.
+    Raises ValueError on an unknown spacing, unless 1 <= S <= T, or if two times are one in float32.
     """
     check_choice("spacing", spacing, get_args(Spacing))
     rows = strided_timesteps(schedule.num_timesteps, sampling_timesteps)
     if spacing == "time":
         return rows.astype(np.float64)
     steps, sigma = len(rows) - 1, schedule.sigma[np.isfinite(schedule.sigma)]
+    if steps == 1:
+        return np.array([schedule.num_timesteps, 0.0])
     if spacing == "flow":
         first, last = 1 / (1 + schedule.sigma[[1, -1]] ** (-1 / FLOW_POWER))
         u = np.linspace(max(first, last / steps), last, steps)[:-1]
@@ -81,7 +83,10 @@ def sampling_times(
     else:
         sigmas = np.geomspace(sigma[1], sigma[-1], steps)
     times = schedule.time_of(sigmas[::-1]).astype(np.float32).astype(np.float64)
-    return np.concatenate([[schedule.num_timesteps], times[1:], [0.0]])
+    times = np.concatenate([[schedule.num_timesteps], times[1:], [0.0]])
+    if not np.all(np.diff(times) < 0):
+        raise ValueError(f"{steps} times spaced in {spacing} are too close for float32: take fewer, or another spacing")
+    return times
 
 
 def strided_timesteps(num_timesteps: int, sampling_timesteps: int | None = None) -> Int[np.ndarray, " times"]:

@@ -59,8 +59,11 @@ def schedule_from_columns(signal: ArrayLike, noise: ArrayLike) -> NoiseSchedule:
         raise ValueError(f"signal and noise must be vectors of one length of at least 2, got the shapes {shapes}")
     if (schedule.signal[0], schedule.noise[0]) != (1, 0):
         raise ValueError(f"row 0 must be the data, signal 1 and noise 0, got {schedule.signal[0]} and {schedule.noise[0]}")
-    increases = np.diff(schedule.sigma) > 0
-    if not (np.all(increases) and np.all(schedule.signal >= 0) and np.all(np.isfinite(schedule))):
+    if not (np.all(np.isfinite(schedule)) and np.all(schedule.signal >= 0)):
+        raise ValueError("signal and noise must be finite, and signal not negative")
+    with np.errstate(invalid="ignore"):
+        increases = np.diff(schedule.sigma) > 0
+    if not np.all(increases):
         row = 1 + int(np.argmin(increases))
         raise ValueError(f"noise / signal must increase from row to row, got {schedule.sigma[row]} at t = {row}")
     return schedule

@@ -22,7 +22,7 @@ from diffusion_jax.sampling import MEMORY, SamplerTable, Steps, as_times, ddim_s
 from diffusion_jax.schedules import NoiseSchedule
 
 Variable = Literal["log_snr", "signal"]
-LARGEST_RATIO = 100.0
+LARGEST_RATIO = 10.0
 NO_SIGNAL = 25.0  # -lambda where there is none, which is infinite; sigma is 7e10 there
 
 
@@ -114,7 +114,7 @@ def heun_table(
 
         x_s += signal_s (1 - ratio) / (2 ratio) (x_0_hat - x_0_hat_before)                              (11)
 
-    Not where ratio < 1 / 100: a step from next to no signal would be all correction. Churn raises sigma by the factor
+    Not where ratio < 1 / 10: a step from next to no signal would be all correction. Churn raises sigma by the factor
     1 + min(churn / S, sqrt(2) - 1) before each step from a sigma in `churn_range`, with noise `churn_noise` times as large as
     that takes, which the row before adds. Not beyond t = T, and so not before the first step. Raises ValueError on a negative
     churn or on steps outside 1..T.

@@ -87,10 +87,10 @@ def main() -> None:
     real, labels = classify(train.images[chosen])[0], mnist.labels_in_turn(run, count)
     floor, distances = frechet_distance(real, classify(test.images[:count])[0]), {}
     print(f"| sampler | calls | Frechet distance, {count} images |\n|---|---|---|\n| test images | | {floor:.3g} |")
-    for (name, calls), table in tables.items():
+    for (name, _), table in tables.items():
         samples = draw_all(run, schedule, state, table, random_key(config.seed), labels)
-        distances.setdefault(name, {})[calls] = distance = frechet_distance(real, classify(to_bytes(samples))[0])
-        print(f"| {name} | {calls} | {distance:.3g} |", flush=True)
+        distances.setdefault(name, {})[len(table.t)] = distance = frechet_distance(real, classify(to_bytes(samples))[0])
+        print(f"| {name} | {len(table.t)} | {distance:.3g} |", flush=True)
     with one_line_if_unwritable(Path(config.workdir)):
         results = {"images": count, "seed": config.seed, "step": int(state.step), "spacing": config.spacing}
         results |= {"test": floor, "distances": distances}

@@ -70,12 +70,12 @@ def main() -> None:
         run = run_config(config.workdir)
         schedule = mnist.make_schedule(run)
         steps = min(100, run.num_timesteps) if config.sampling_timesteps is None else config.sampling_timesteps
-        enough = config.what != "image-to-image" or steps >= 5
-        require(enough, "sampling_timesteps", steps, "at least 5 for image-to-image, which begins a fifth of the way up")
         sampler = config.sampler or ("ddim" if config.what == "interpolate" else "ancestral")
         allowed = SAMPLERS_FOR.get(config.what, get_args(Sampler))
         require(sampler in allowed, "sampler", sampler, f"{' or '.join(allowed)} with --what {config.what}")
         table = solver_table(sampler, schedule, steps, config.spacing)
+        enough = config.what != "image-to-image" or table.t.min() <= round(NOISE[0] * run.num_timesteps)
+        require(enough, "sampling_timesteps", steps, "more for image-to-image, which begins a fifth of the way up")
         images = load_dataset(run.dataset, config.data_dir, "test").images[: config.num_images + 1]
         state = restored(run, config.workdir, config.checkpoint)
 

@@ -89,12 +89,14 @@ def main() -> None:
     if config.bound_images:
         bits, results["bits_per_dim_error"] = bound(config, run, schedule, state, test)
         results["bits_per_dim"] = float(bits.sum())
-    if config.likelihood_images:
-        results |= exact_likelihood(config, run, schedule, state, test)
     with one_line_if_unwritable(Path(config.workdir)):
         (Path(config.workdir) / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
         if bits is not None:
             save_bound_figure(Path(config.workdir) / "bound.png", bits)
+    if config.likelihood_images:
+        results |= exact_likelihood(config, run, schedule, state, test)
+        with one_line_if_unwritable(Path(config.workdir)):
+            (Path(config.workdir) / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     print(as_table(results))
     print(f"wrote {config.workdir}/evaluation.json", file=sys.stderr)
 

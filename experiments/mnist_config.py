@@ -56,13 +56,13 @@ class Diffusion:
     target_type: TargetType = "pred_x_0"
     """What the network predicts; pred_u is flow's velocity, edm the network output of Karras et al. (2022)."""
     time_input: Literal["t", "log_snr"] = "t"
-    """What the network is told of time. With log_snr, a run with pred_x_0, pred_eps or edm can sample on another path."""
+    """What the network is told of time; with log_snr it can, from Python, sample on another path than its own."""
     time_density: TimeDensity = "uniform"
     """The distribution of t in training; the bound has its own."""
     stratified: bool = False
     """Spread the t of a batch evenly over that distribution."""
     sigma_type: SigmaType = "upper_bound"
-    """The variance of ancestral sampling; learned goes with hybrid and bound losses, and with pred_eps and pred_v."""
+    """The variance of ancestral sampling; learned goes with hybrid and bound losses, and not with pred_x_0."""
     loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
     """hybrid is l2 and the variational bound of learned variances, bound is the bound alone (Nichol & Dhariwal 2021)."""
     loss_weighting: Literal["none", "min_snr"] = "none"
@@ -129,7 +129,7 @@ def check(config: Config) -> None:
     check_values(config)
     losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1")
     scaled = config.sigma_type != "learned" or config.target_type != "pred_x_0"
-    require(scaled, "target_type", config.target_type, "pred_eps or pred_v with --sigma-type learned")
+    require(scaled, "target_type", config.target_type, "other than pred_x_0 with --sigma-type learned")
     weighted = config.loss_weighting != "none" and config.loss_type == "bound"
     require(not weighted, "loss_weighting", config.loss_weighting, "none with --loss-type bound")
     own_times = config.loss_type == "bound"
@@ -137,4 +137,6 @@ def check(config: Config) -> None:
     require(not (config.stratified and own_times), "stratified", config.stratified, "left out with --loss-type bound")
     defined = config.noise_schedule_type != "flow" or config.target_type != "pred_eps"
     require(defined, "target_type", config.target_type, "other than pred_eps with flow, which has no signal at t = T")
+    bounded = config.noise_schedule_type != "ve" or config.target_type != "pred_v"
+    require(bounded, "target_type", config.target_type, "other than pred_v with ve, where it grows with the noise")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")

@@ -46,6 +46,8 @@ def solver_table(
         "deis": dj.deis_table,
     }
     calls = schedule.num_timesteps if calls is None else calls
+    most = schedule.num_timesteps
+    require(1 <= calls <= most, "sampling_timesteps", calls, f"between 1 and num_timesteps = {most}")
     steps = (calls + 1) // 2 if sampler == "heun" else calls
     return tables[sampler](schedule, sampling_timesteps=dj.sampling_times(schedule, steps, spacing))
 

@@ -48,7 +48,7 @@ def set_up(
     params = jax.jit(network.init)(init_key, jnp.zeros((1, dim), jnp.float32), jnp.ones(1, jnp.int32))["params"]
     optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations)
     state = dj.create_train_state(network.apply, params, optimizer)
-    workdir = open_workdir(config, may_differ={"workdir", "checkpoint_every"}, data=draw.__name__)
+    workdir = open_workdir(config, may_differ={"workdir", "checkpoint_every"}, data=draw.__name__, time_input=time)
 
     def loss_fn(params, x_0, keys):
         predict = dj.normalized(schedule, partial(network.apply, {"params": params}), time)
