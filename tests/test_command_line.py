@@ -58,7 +58,7 @@ BAD_MNIST = {
     "--preset": ("--preset",),
     "--dim-scales": ("--dim-scales", "one or more numbers", "got ()"),
     "--sigma-type learned --target-type pred_v": ("--loss-type", "hybrid or bound", "got l2"),
-    "--sigma-type learned --loss-type hybrid": ("--target-type", "pred_eps or pred_v", "got pred_x_0"),
+    "--sigma-type learned --loss-type hybrid": ("--target-type", "other than pred_x_0", "got pred_x_0"),
     "--loss-weighting min_snr --loss-type bound --sigma-type learned --target-type pred_v": ("--loss-weighting", "none"),
     "--loss-type hybrid": ("--loss-type", "l2 or l1", "got hybrid"),
     "--noise-schedule-type flow --target-type pred_eps": ("--target-type", "other than pred_eps with flow", "got pred_eps"),
