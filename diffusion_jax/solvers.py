@@ -23,7 +23,7 @@ from diffusion_jax.schedules import NoiseSchedule
 
 Variable = Literal["log_snr", "signal"]
 LARGEST_RATIO = 10.0
-NO_SIGNAL = 25.0  # -lambda where there is none, which is infinite; sigma is 7e10 there
+NO_SIGNAL = 25.0  # how far lambda without signal, which is infinite, is taken to be below the others
 
 
 def dpm_solver_table(
@@ -151,7 +151,9 @@ def _check_order(order: int) -> None:
 def _lambda(schedule: NoiseSchedule, times: Float[np.ndarray, " times"]) -> Float[np.ndarray, " times"]:
     signal, noise = schedule.at(times)
     with np.errstate(divide="ignore"):
-        return np.maximum(np.log(signal) - np.log(noise), -NO_SIGNAL)
+        lambdas = np.log(signal) - np.log(noise)
+    lowest = lambdas[np.isfinite(lambdas)].min(initial=0.0)
+    return np.where(np.isneginf(lambdas), lowest - NO_SIGNAL, lambdas)
 
 
 def _used(i: int, order: int, steps: int) -> Int[np.ndarray, " used"]:

@@ -2,7 +2,7 @@
 
 import math
 from decimal import Decimal, localcontext
-from functools import cache
+from functools import cache, partial
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -143,14 +143,22 @@ def test_conversions_undo_each_other_wherever_they_are_defined(schedule, one, ot
     np.testing.assert_allclose(back, values[one], atol=10 * lost)
 
 
-@given(SCHEDULES, st.sampled_from(["upper_bound", "lower_bound", "zero", "learned", 0.0, 0.3, 1.0, "dpm"]), st.data())
-def test_every_sampler_table_is_finite_and_ends_at_x_0_hat(schedule, kind, data):
+TABLES = {
+    **{name: partial(dj.ancestral_table, sigma_type=name) for name in ("upper_bound", "lower_bound", "zero", "learned")},
+    **{f"ddim {eta}": partial(dj.ddim_table, eta=eta) for eta in (0.0, 0.3, 1.0)},
+    **{f"dpm {order} {eta}": partial(dj.dpm_solver_table, eta=eta, order=order) for eta in (0.0, 0.5, 1.0) for order in (2, 3)},
+    **{f"unipc {order}": partial(dj.unipc_table, order=order) for order in (2, 3)},
+    "unipc in the signal": partial(dj.unipc_table, variable="signal"),
+    "deis": dj.deis_table,
+}
+
+
+@given(SCHEDULES, st.sampled_from(sorted(TABLES)), st.data())
+def test_every_sampler_table_is_finite_and_ends_at_x_0_hat(schedule, name, data):
     S = data.draw(st.integers(1, schedule.num_timesteps))
-    if kind == "dpm":
-        table = dj.dpm_solver_table(schedule, data.draw(st.sampled_from([0.0, 0.5, 1.0])), S)
-    else:
-        table = dj.ancestral_table(schedule, kind, S) if isinstance(kind, str) else dj.ddim_table(schedule, kind, S)
+    table = TABLES[name](schedule, sampling_timesteps=S)
     assert all(len(column) == S and np.all(np.isfinite(column)) for column in table)
     assert np.all(table.c >= 0)
     np.testing.assert_array_equal(table.t, strided_timesteps(schedule.num_timesteps, S)[:-1])
-    assert (table.a[-1], np.float32(table.b[-1]), table.c[-1], table.d[-1].any()) == (0, 1, 0, False)
+    last = table.b[-1] + table.d[-1].sum()
+    assert (table.a[-1], np.float32(last), table.c[-1]) == (0, 1, 0)
