@@ -111,7 +111,9 @@ def make_denoiser(
     pred_eps finite where eq. 5 divides by a signal of 1e-4. Raises ValueError on an unknown type, on a `clip` that is not
     positive, and where x_0 does not follow from the target at t = T, as from eps on rectified flow.
     """
-    check_target(schedule, target_type)
+    p, q = target_columns(target_type, *schedule)
+    if not isinstance(schedule.signal, Tracer) and np.any((schedule.signal * q - schedule.noise * p)[1:] == 0):
+        raise ValueError(f"x_0 does not follow from {target_type} where there is no signal, as at this schedule's t = T")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive or None, got {clip}")
 
@@ -121,13 +123,6 @@ def make_denoiser(
         return with_prediction(output, x_0_hat if clip is None else jnp.clip(x_0_hat, -clip, clip))
 
     return denoise
-
-
-def check_target(schedule: NoiseSchedule, target_type: Target) -> None:
-    """Raise ValueError unless x_0 follows from the target and x_t at every t = 1..T."""
-    p, q = target_columns(target_type, *schedule)
-    if not isinstance(schedule.signal, Tracer) and np.any((schedule.signal * q - schedule.noise * p)[1:] == 0):
-        raise ValueError(f"x_0 does not follow from {target_type} where there is no signal, as at this schedule's t = T")
 
 
 def normalized(schedule: NoiseSchedule, network: Predict, time: str = "t") -> Predict:

@@ -69,11 +69,9 @@ def sampling_times(
     """
     check_choice("spacing", spacing, get_args(Spacing))
     rows = strided_timesteps(schedule.num_timesteps, sampling_timesteps)
-    if spacing == "time":
+    if spacing == "time" or len(rows) == 2:
         return rows.astype(np.float64)
     steps, sigma = len(rows) - 1, schedule.sigma[np.isfinite(schedule.sigma)]
-    if steps == 1:
-        return np.array([schedule.num_timesteps, 0.0])
     if spacing == "flow":
         first, last = 1 / (1 + schedule.sigma[[1, -1]] ** (-1 / FLOW_POWER))
         u = np.linspace(max(first, last / steps), last, steps)[:-1]

@@ -161,13 +161,7 @@ def _used(i: int, order: int, steps: int) -> Int[np.ndarray, " used"]:
     return i - np.arange(min(order, i + 1, steps - i))
 
 
-def _weights(
-    nodes: Float[np.ndarray, " n"],
-    step: Float[np.ndarray, "2"],
-    zeta: float,
-    variable: str = "log_snr",
-    exact: bool = False,
-) -> Float[np.ndarray, " n"]:
+def _weights(nodes: np.ndarray, step: np.ndarray, zeta: float, variable: str = "log_snr", exact: bool = False) -> np.ndarray:
     """l with sum_j l_j P(node_j) = the mean of P over the step with the density e^(zeta theta), if P has a degree below n.
 
     P is a polynomial in the `variable`; nodes and the ends of the step are lambdas. For two nodes in lambda, unless `exact`,
