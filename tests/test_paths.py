@@ -367,3 +367,24 @@ def test_an_unknown_choice_is_named():
         dj.unipc_table(PATHS["flow"], order=4)
     with pytest.raises(ValueError, match="churn must be at least 0, got -1"):
         dj.heun_table(PATHS["flow"], churn=-1.0)
+
+
+def test_stratified_times_halve_the_deviation_of_a_batchs_loss():
+    """For data N(0, 0.3) and the best denoiser, in batches of 64: 0.47 times, and the same mean."""
+    schedule, batch = dj.cosine_schedule(500), 64
+
+    def predict(x_t, t):
+        signal, noise = (look_up(column, t, x_t)[:, None] for column in schedule)
+        return dj.convert(schedule, 0.3 * signal / (0.3 * signal**2 + noise**2) * x_t, x_t, t, "pred_x_0", "pred_eps")
+
+    def loss(key, stratified):
+        u_key, data_key, keys = jax.random.split(key, 3)
+        spread = jax.random.uniform(u_key, (1,)) + jnp.arange(batch) / batch
+        t = draw_times(time_density(schedule, "uniform"), spread % 1 if stratified else jax.random.uniform(u_key, (batch,)))
+        x_0 = 0.3**0.5 * jax.random.normal(data_key, (batch, 16))
+        return dj.diffusion_loss(schedule, predict, x_0, jax.random.split(keys, batch), "pred_eps", t=t).mean()
+
+    keys = jax.random.split(jax.random.key(0), 600)
+    plain, stratified = (np.asarray(jax.lax.map(partial(loss, stratified=way), keys)) for way in (False, True))
+    assert stratified.std() < 0.6 * plain.std()
+    assert abs(stratified.mean() - plain.mean()) < 4 * plain.std() / 600**0.5
