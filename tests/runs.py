@@ -37,7 +37,7 @@ def start(
     return process
 
 
-def finish(process: subprocess.Popen, status: int | None = 0, timeout: float = 300) -> str:
+def finish(process: subprocess.Popen, status: int | None = 0, timeout: float = 1200) -> str:
     """What it said, after it exited with `status` (None: any)."""
     try:
         process.wait(timeout)
