@@ -202,8 +202,8 @@ def flow_bits(
     """At least -log P(x_0) in bits, on average over keys, for x_0 of the 256 levels from -1 to 1, by `flow_log_density`.
 
     A level is spread by the noise of t = 1, v = x_0 + sigma_1 eps, and read back by the last step of ancestral sampling [Ho et
-    al. 2019, eq. 12]: -log p(v) + log q(v | x_0) + L_0. That costs up to 0.2 bits an element; spread evenly over its width, as
-    is common, a level would cost about log2(127.5 sigma_1 sqrt(2 pi)) bits where sigma_1 is large beside it.
+    al. 2019, eq. 12]: -log p(v) + log q(v | x_0) + L_0. Spread evenly over its width, as is common, even a level that is
+    certain would cost about log2(127.5 sigma_1 sqrt(2 pi)) bits where sigma_1 is large beside it.
     """
     x_0 = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
     spread_keys, trace_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)

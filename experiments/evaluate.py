@@ -56,7 +56,7 @@ class Config:
     bound_images: int = 20
     """Test images at each t, for the variational bound, and ten times as many at t <= 10; 0 leaves it out."""
     likelihood_images: int = 0
-    """Test images for the exact likelihood by the probability flow; 0 leaves it out."""
+    """Test images for the likelihood by the probability flow; 0 leaves it out."""
     seed: int = 0
     """Of the samples, and of which images they are compared with."""
 
