@@ -163,7 +163,8 @@ def test_edit_refuses_in_one_line(capsys, monkeypatch, trained, args):
 
 def test_edit_needs_steps_from_a_fifth_of_the_way_up(capsys, monkeypatch, trained):
     args = ["--workdir", trained, "--what", "image-to-image", "--sampling-timesteps", "4"]
-    assert "--sampling-timesteps must be at least 5 for image-to-image" in fails(capsys, monkeypatch, "edit", *args)
+    message = "--sampling-timesteps must be more for image-to-image, which begins a fifth of the way up, got 4"
+    assert message in fails(capsys, monkeypatch, "edit", *args)
 
 
 @pytest.mark.parametrize("args", ["--workdir no/run", "--num-samples 99", "--calls 13", "--seed -1"])
