@@ -7,6 +7,7 @@ from diffusion_jax.diffusion import (
     posterior,
     q_sample,
 )
+from diffusion_jax.dit import DiT
 from diffusion_jax.editing import encoding_table, guided, inpainting, part_way, resampled, spherical
 from diffusion_jax.likelihood import bound_bits, bound_loss, flow_bits, flow_log_density, hybrid_loss, prior_bits
 from diffusion_jax.losses import diffusion_loss, loss_at, min_snr_weight
@@ -45,6 +46,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "MLP",
+    "DiT",
     "NoiseSchedule",
     "SamplerTable",
     "TrainState",

@@ -8,9 +8,11 @@ import gzip
 import io
 import os
 import struct
+import tempfile
 import threading
 import urllib.request
 import warnings
+import zipfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -116,9 +118,28 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None, split: Split) -> I
         except Exception as problem:
             raise DataUnavailable(f"{name} could not be prepared in {data_dir} ({problem})") from problem
     with _damage_is_named(name, data_dir):
-        examples = _read_examples(prepared, split)
-        images = np.stack([example["image"] for example in examples])
-        return ImageData(name, images.reshape(-1, 28, 28, 1), np.array([example["label"] for example in examples], np.int32))
+        return ImageData(name, *_read_once(prepared, split))
+
+
+def _read_once(builder, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels, kept as arrays beside the files that they come from, since TFDS takes seconds to decode them.
+
+    zipfile checks their checksums. They are made again where they are damaged or those files have changed.
+    """
+    files = [Path(file) for file in builder.info.splits[split].filepaths]
+    source = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    kept = files[0].parent / f"diffusion_jax_{split}.npz"
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(kept) as arrays:
+        if arrays["source"] == source:
+            return arrays["images"], arrays["labels"]
+    examples = _read_examples(builder, split)
+    images = np.stack([example["image"] for example in examples]).reshape(-1, 28, 28, 1)
+    labels = np.array([example["label"] for example in examples], np.int32)
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=kept.parent) as folder:  # it may be read-only
+        new = Path(folder) / kept.name
+        np.savez(new, source=source, images=images, labels=labels)
+        os.replace(new, kept)
+    return images, labels
 
 
 def _is_not_about_speed(record: Any) -> bool:

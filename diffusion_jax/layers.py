@@ -1,16 +1,61 @@
-"""The layers of the UNet. What a CPU needs to run them fast is in cpu.py, with the same results and parameters."""
+"""The layers of the networks. What a CPU needs to run them fast is in cpu.py, with the same results and parameters."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int, Real
 
 from diffusion_jax import cpu
+from diffusion_jax.mlp import timestep_embedding
+
+MAX_HEADS = 8
+
+
+def sharded_by_xla(call: Callable) -> Callable:
+    """Decorates a network's `__call__`: on a mesh with explicit axes, XLA shards what is inside."""
+
+    @wraps(call)
+    def wrapped(self, x_t, t, labels=None):
+        sharding = jax.typeof(x_t).sharding
+        if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+            return call(self, x_t, t, labels)
+        if self.is_initializing():  # parameters depend on shapes alone
+            zeros = lambda x: None if x is None else jnp.zeros(x.shape, x.dtype)  # noqa: E731
+            return call(self, zeros(x_t), zeros(t), zeros(labels))
+        apply: Any = jax.sharding.auto_axes(self.clone(parent=None).apply, out_sharding=sharding)
+        return apply(self.variables, x_t, t, labels)
+
+    return wrapped
+
+
+def embed_condition(
+    t: Real[Array, " B"],
+    labels: Int[Array, " B"] | None,
+    embed_dim: int,
+    width: int,
+    num_classes: int,
+    dtype: DTypeLike,
+) -> Float[Array, "B width"]:
+    """silu(MLP(embedding of t) + embedding of the label), with layers named for the network that calls it.
+
+    The label `num_classes`, or no labels at all, means unconditional; any other label that is not a class gives NaN. Raises
+    ValueError if there are labels without classes, or not one for each example.
+    """
+    if labels is not None and (num_classes == 0 or labels.shape != t.shape):
+        raise ValueError(f"labels need num_classes and the shape {t.shape}, got {num_classes} and {labels.shape}")
+    time = Dense(width, dtype, name="time_1")(timestep_embedding(t, embed_dim))
+    time = Dense(width, dtype, name="time_2")(silu(time))
+    if num_classes:
+        labels = jnp.full(len(t), num_classes) if labels is None else labels
+        labels = jnp.where(labels < 0, num_classes + 1, labels)  # a negative index would wrap around to a class
+        time = time + nn.Embed(num_classes + 1, width, dtype, name="label")(labels)
+    return silu(time)
 
 
 class Dense(nn.Module):

@@ -2,17 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, Real
 
-from diffusion_jax.layers import Conv3x3, Dense, GroupNorm, silu
-from diffusion_jax.mlp import timestep_embedding
-
-MAX_HEADS = 8
+from diffusion_jax.layers import MAX_HEADS, Conv3x3, Dense, GroupNorm, embed_condition, sharded_by_xla, silu
 
 
 class UNet(nn.Module):
@@ -21,11 +17,9 @@ class UNet(nn.Module):
     Level i of `dim_scales` has two residual blocks on the way down and two on the way up, each with a skip between them, at
     1 / 2^i of the resolution; between levels the width becomes embed_dim * dim_scales[i]. Self-attention sits in the middle,
     and a long residual joins the first features to the last. `dtype` is what the layers compute in; parameters, normalization
-    statistics and the output are float32. With `num_classes`, each example has a label from 0 on; num_classes itself, or no
-    labels at all, stands for no class, and labels that are neither give NaN.
+    statistics and the output are float32. With `num_classes`, each example has a label (see `embed_condition`).
 
-    Raises ValueError if x_t is no image, its height or width is not a multiple of 2^(len(dim_scales) - 1), there are labels
-    without classes, or not one for each example.
+    Raises ValueError if x_t is no image, or its height or width is not a multiple of 2^(len(dim_scales) - 1).
     """
 
     in_dim: int
@@ -36,32 +30,16 @@ class UNet(nn.Module):
     learned_variance: bool = False
 
     @nn.compact
+    @sharded_by_xla
     def __call__(
         self, x_t: Float[Array, "B H W C"], t: Real[Array, " B"], labels: Int[Array, " B"] | None = None
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
-        sharding = jax.typeof(x_t).sharding
-        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
-            if not self.is_initializing():  # let XLA shard what is inside
-                apply: Any = jax.sharding.auto_axes(self.clone(parent=None).apply, out_sharding=sharding)
-                return apply(self.variables, x_t, t, labels)
-            x_t, t = jnp.zeros(x_t.shape, x_t.dtype), jnp.zeros(t.shape, t.dtype)  # parameters depend on shapes alone
-            labels = None if labels is None else jnp.zeros(labels.shape, labels.dtype)
-
         block = lambda features, name: ResidualBlock(features, self.dtype, name=name)  # noqa: E731
         dense = lambda features, name: Dense(features, self.dtype, name=name)  # noqa: E731
         widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
         levels = range(len(self.dim_scales))
-        check_image(x_t.shape, len(levels) - 1)
-        if labels is not None and (self.num_classes == 0 or labels.shape != t.shape):
-            raise ValueError(f"labels need num_classes and the shape {t.shape}, got {self.num_classes} and {labels.shape}")
-
-        time = timestep_embedding(t, self.embed_dim)
-        time = dense(4 * self.embed_dim, "time_2")(silu(dense(4 * self.embed_dim, "time_1")(time)))
-        if self.num_classes:
-            labels = jnp.full(len(t), self.num_classes) if labels is None else labels
-            labels = jnp.where(labels < 0, self.num_classes + 1, labels)  # which wrapped around would be a class
-            time = time + nn.Embed(self.num_classes + 1, 4 * self.embed_dim, self.dtype, name="label")(labels)
-        time = silu(time)
+        check_image(x_t.shape, 2 ** (len(levels) - 1))
+        time = embed_condition(t, labels, self.embed_dim, 4 * self.embed_dim, self.num_classes, self.dtype)
         x = first = dense(self.embed_dim, "stem")(x_t)
 
         skips = []
@@ -129,16 +107,16 @@ class SelfAttention(nn.Module):
         return x + h
 
 
-def pixel_shuffle(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C//4"]:
-    """Twice the height and width from a quarter of the channels; after a 1x1 layer, a 2x2 transposed convolution."""
+def pixel_shuffle(x: Float[Array, "B H W C"], size: int = 2) -> Float[Array, "B H*{size} W*{size} C//{size}**2"]:
+    """Each pixel's channels as `size` x `size` pixels; after a 1x1 layer, a transposed convolution of that size and stride."""
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, 2, 2, channels // 4).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, 2 * height, 2 * width, channels // 4)
+    x = x.reshape(batch, height, width, size, size, channels // size**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, size * height, size * width, channels // size**2)
 
 
-def check_image(shape: Sequence[int], halvings: int) -> None:
-    """Raise ValueError unless `shape` is that of images whose height and width can be halved so many times."""
+def check_image(shape: Sequence[int], multiple: int) -> None:
+    """Raise ValueError unless `shape` is that of images whose height and width are multiples of `multiple`."""
     if len(shape) != 4:
-        raise ValueError(f"the UNet takes images of the shape [B, H, W, C], got {shape}")
-    if any(n % 2**halvings for n in shape[1:3]):
-        raise ValueError(f"the UNet needs height and width to be multiples of {2**halvings}, got {shape[1]}x{shape[2]}")
+        raise ValueError(f"the network takes images of the shape [B, H, W, C], got {shape}")
+    if any(n % multiple for n in shape[1:3]):
+        raise ValueError(f"the network needs height and width to be multiples of {multiple}, got {shape[1]}x{shape[2]}")

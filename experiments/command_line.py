@@ -18,7 +18,7 @@ from diffusion_jax.data import DataUnavailable
 
 Config = TypeVar("Config")
 PATHS = ("workdir", "data_dir", "folder", "samples", "out")
-COUNTS = ("iterations", "batch_size", "num_timesteps", "checkpoint_every", "num_samples", "num_images", "size")
+COUNTS = ("depth", "iterations", "batch_size", "num_timesteps", "checkpoint_every", "num_samples", "num_images", "size")
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(COUNTS, (lambda value: value is None or value >= 1, "at least 1")),
     **dict.fromkeys(("seed", "sample_every"), (lambda value: 0 <= value < 2**31, "between 0 and 2^31 - 1")),

@@ -87,7 +87,7 @@ def main() -> None:
         )
         check_divisible(config.batch_size, jax.device_count())
         shape = (config.size, config.size, 3)
-        check_image((1, *shape), len(config.dim_scales) - 1)
+        check_image((1, *shape), 2 ** (len(config.dim_scales) - 1))
         schedule = dj.cosine_schedule(config.num_timesteps)
         table = dj.dpm_solver_table(schedule, 1.0, min(SAMPLING_TIMESTEPS, config.num_timesteps))
         images = read_images(folder, config.size)

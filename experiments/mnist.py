@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,12 @@ def make_schedule(config: Config) -> dj.NoiseSchedule:
     return SCHEDULES[config.noise_schedule_type](config.num_timesteps)
 
 
-def make_network(config: Config) -> dj.UNet:
+def make_network(config: Config) -> dj.UNet | dj.DiT:
     classes, learned = NUM_CLASSES if config.conditional else 0, config.sigma_type == "learned"
-    return dj.UNet(IMAGE_SHAPE[-1], config.embed_dim, config.dim_scales, DTYPES[config.precision], classes, learned)
+    common: dict[str, Any] = {"dtype": DTYPES[config.precision], "num_classes": classes, "learned_variance": learned}
+    if config.network == "dit":
+        return dj.DiT(IMAGE_SHAPE[-1], config.embed_dim, config.depth, config.patch_size, **common)
+    return dj.UNet(IMAGE_SHAPE[-1], config.embed_dim, config.dim_scales, **common)
 
 
 def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:

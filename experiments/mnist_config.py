@@ -39,10 +39,16 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
+    network: Literal["unet", "dit"] = "unet"
+    """unet is the published network, dit a transformer of image patches (Peebles & Xie 2023)."""
     embed_dim: int = 128
-    """Channels of the first and the last layers."""
+    """Channels: of a unet's first and last layers, of all layers of a dit."""
     dim_scales: tuple[int, ...] = (1, 2, 4, 8)
-    """Channels after each level, as multiples of embed_dim; the image is halved between levels."""
+    """unet: channels after each level, as multiples of embed_dim; the image is halved between levels."""
+    depth: int = 6
+    """dit: number of blocks."""
+    patch_size: Literal[1, 2, 4, 8] = 4
+    """dit: height and width of a patch, in pixels."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in; parameters are float32."""
 

@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 from diffusion_jax.checkpoints import UNFINISHED, restore_latest
 from diffusion_jax.training import TrainState
 
-ADDED = {"time_input": "t", "time_density": "uniform", "stratified": False}  # since version 0.2.0
+# Options newer than version 0.2.0, with the meaning of a run without them.
+ADDED = {"time_input": "t", "time_density": "uniform", "stratified": False, "network": "unet", "depth": 6, "patch_size": 4}
 HIDDEN = {
     "__macosx",
     "$recycle.bin",

@@ -16,10 +16,14 @@ import diffusion_jax as dj
 from diffusion_jax.checkpoints import open_checkpoints, restore_latest
 
 EXPERIMENTS = Path(dj.__file__).parent.parent / "experiments"
-COMPILED_ONCE = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+COMPILED_ONCE = {
+    "JAX_COMPILATION_CACHE_DIR": os.environ["COMPILED_BY_TESTS"],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 FLAGS = "--xla_backend_optimization_level=0"
 ENVIRONMENT = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"} | COMPILED_ONCE
-TINY = ["--dataset", "digits", "--embed-dim", "4", "--dim-scales", "1", "2", "--batch-size", "8", "--num-timesteps", "12"]
+TINY = ["--dataset", "digits", "--network", "dit", "--embed-dim", "4", "--depth", "1", "--patch-size", "8"]  # compiles fast
+TINY += ["--batch-size", "8", "--num-timesteps", "12"]
 TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", "--num-samples", "5", "--ema-decay", "0.9"]
 
 

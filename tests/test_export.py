@@ -43,10 +43,10 @@ def assert_made_for_accelerators(program: str, custom_calls: tuple[str, ...] = (
     assert not re.search(r"bitcast_convert \S+ : \(tensor<[\dx]*x(f32|bf16)>\)", program)  # as random numbers, the other way
 
 
-def step_and_operands(precision):
+def step_and_operands(config):
     """The training step of a state's leaves, since JAX's export puts things into a state that the tests' type checks refuse."""
-    step = mnist.training_step(dataclasses.replace(CONFIG, precision=precision), SCHEDULE, jax.random.key(0))
-    leaves, structure = jax.tree.flatten(STATE)
+    step = mnist.training_step(config, SCHEDULE, jax.random.key(0))
+    leaves, structure = jax.tree.flatten(STATE if config.network == "unet" else mnist.initial_state(config, jax.random.key(0)))
 
     def step_of_leaves(leaves, *batch, mean_over_devices):
         return jax.tree.leaves(step(jax.tree.unflatten(structure, leaves), *batch, mean_over_devices=mean_over_devices))
@@ -70,7 +70,7 @@ def on_eight(step):
 @IN_EACH
 @pytest.mark.parametrize("spread", [on_one, on_eight])
 def test_training_step(platform, precision, spread):
-    step, operands = step_and_operands(precision)
+    step, operands = step_and_operands(dataclasses.replace(CONFIG, precision=precision))
     layouts = ("LayoutConstraint",) if platform == "cuda" else ()  # of the kernels' gradients
     program = lowered(spread(step), platform, *operands, allowed=layouts)
     assert_made_for_accelerators(program, layouts, recomputed=NORMALIZATIONS)
@@ -79,8 +79,17 @@ def test_training_step(platform, precision, spread):
     assert set(kinds) == {{"float32": "f32", "bfloat16": "bf16"}[precision]}
 
 
+@ON_EACH
+@IN_EACH
+def test_training_step_of_a_transformer(platform, precision):
+    step, operands = step_and_operands(dataclasses.replace(CONFIG, precision=precision, network="dit", depth=2))
+    program = lowered(on_one(step), platform, *operands)
+    assert_made_for_accelerators(program)
+    assert count("convolution", program) == 0
+
+
 def test_a_program_for_a_cpu_is_not_taken_for_one_of_an_accelerator():
-    step, operands = step_and_operands("float32")
+    step, operands = step_and_operands(CONFIG)
     program = lowered(on_one(step), "cpu", *operands, allowed=("LayoutConstraint",))
     with pytest.raises(AssertionError):
         assert_made_for_accelerators(program, ("LayoutConstraint",), recomputed=NORMALIZATIONS)

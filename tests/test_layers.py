@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 
 from diffusion_jax import UNet, cpu
 from diffusion_jax.layers import GroupNorm, conv3x3, group_norm, matmul, silu
+from diffusion_jax.unet import ResidualBlock
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -175,9 +176,14 @@ def test_derivatives_of_second_order_in_both_modes(name):
 
 
 @pytest.mark.parametrize("platform", ["default", "cuda"])
-def test_a_gradient_penalty_on_a_unet_does_not_depend_on_the_platform(platform, monkeypatch):
-    network = UNet(1, 4, (1,))
-    x_t, t = normal(0, 2, 6, 6, 1), jnp.array([1, 7])
+@pytest.mark.parametrize(
+    ("network", "x_t", "t"),
+    [
+        pytest.param(UNet(1, 4, (1,)), normal(0, 2, 6, 6, 1), jnp.array([1, 7]), id="unet", marks=pytest.mark.slow),
+        pytest.param(ResidualBlock(6, jnp.float32), normal(0, 2, 6, 6, 4), normal(1, 2, 3), id="block"),
+    ],
+)
+def test_a_gradient_penalty_does_not_depend_on_the_platform(network, x_t, t, platform, monkeypatch):
     leaves, structure = jax.tree.flatten(jax.eval_shape(network.init, jax.random.key(0), x_t, t))
     params = jax.tree.unflatten(structure, [0.1 + 0.3 * normal(seed, *x.shape) for seed, x in enumerate(leaves)])
 

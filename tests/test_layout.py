@@ -40,7 +40,7 @@ def test_the_library_does_not_import_the_experiments(file):
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
 def test_only_the_networks_import_linen(file):
-    assert ("flax.linen" in imported_modules(file)) == (file.stem in ("layers", "unet", "mlp"))
+    assert ("flax.linen" in imported_modules(file)) == (file.stem in ("layers", "unet", "dit", "mlp"))
 
 
 def test_the_core_holds_at_most_450_lines_of_code_and_the_whole_method_650():

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import MLP, UNet
+from diffusion_jax import MLP, DiT, UNet
+from diffusion_jax.dit import Block, to_patches
 from diffusion_jax.mlp import timestep_embedding
 from diffusion_jax.unet import SelfAttention, pixel_shuffle
 
@@ -19,15 +20,21 @@ def randomized(network, *inputs):
 
 IMAGES = (jax.random.normal(jax.random.key(2), (2, 8, 16, 3)), jnp.array([1, 7]))
 VECTORS = (jax.random.normal(jax.random.key(2), (2, 3)), jnp.array([1, 7]))
-NETWORKS = [(MLP(3, 8), VECTORS), (UNet(3, 4, (1, 2)), IMAGES), (UNet(3, 6, (2,)), IMAGES)]
-EACH = pytest.mark.parametrize(("network", "inputs"), NETWORKS, ids=["mlp", "unet2", "unet1"])
+NETWORKS = {
+    "mlp": (MLP(3, 8), VECTORS),
+    "unet2": (UNet(3, 4, (1, 2)), IMAGES),
+    "unet1": (UNet(3, 6, (2,)), IMAGES),
+    "dit": (DiT(3, 8, 2, 2), IMAGES),
+}
+EACH = pytest.mark.parametrize(("network", "inputs"), NETWORKS.values(), ids=NETWORKS)
+OF_IMAGES = pytest.mark.parametrize("network", [UNet(3, 4, (1, 2)), DiT(3, 4, 1, 2)], ids=["unet", "dit"])
 
 
 @EACH
-def test_output_has_the_shape_of_x_t_and_depends_on_x_t_and_t(variant, network, inputs):
+def test_output_has_the_shape_of_x_t_and_depends_on_x_t_and_t(network, inputs):
     x_t, t = inputs
     variables = randomized(network, x_t, t)
-    apply = variant(network.apply)
+    apply = jax.jit(network.apply)
     output = apply(variables, x_t, t)
     chex.assert_equal_shape([output, x_t])
     chex.assert_type(output, jnp.float32)
@@ -59,19 +66,20 @@ def test_the_published_size():
     assert params["down_0_block_1"]["conv_1"]["kernel"].shape == (3, 3, 128, 128)
 
 
-def test_bfloat16_computes_with_float32_parameters_and_output():
+@OF_IMAGES
+def test_bfloat16_computes_with_float32_parameters_and_output(network):
     x_t, t = IMAGES
-    network = UNet(3, 4, (1, 2), dtype=jnp.bfloat16)
     variables = randomized(network, x_t, t)
     chex.assert_trees_all_equal_dtypes(variables, jax.tree.map(jnp.float32, variables))
-    half = jax.jit(network.apply)(variables, x_t, t)
-    full = jax.jit(UNet(3, 4, (1, 2)).apply)(variables, x_t, t)
+    half = jax.jit(network.clone(dtype=jnp.bfloat16).apply)(variables, x_t, t)
+    full = jax.jit(network.apply)(variables, x_t, t)
     chex.assert_type(half, jnp.float32)
     assert 1e-5 < float(jnp.linalg.norm(half - full) / jnp.linalg.norm(full)) < 0.05
 
 
-def test_a_network_of_classes_tells_them_apart_and_knows_images_of_none():
-    network = UNet(3, 4, (1, 2), num_classes=5)
+@OF_IMAGES
+def test_a_network_of_classes_tells_them_apart_and_knows_images_of_none(network):
+    plain, network = network, network.clone(num_classes=5)
     variables = randomized(network, *IMAGES)
     apply = jax.jit(network.apply)
     of_class = [apply(variables, *IMAGES, jnp.full(2, label)) for label in range(6)]
@@ -82,20 +90,20 @@ def test_a_network_of_classes_tells_them_apart_and_knows_images_of_none():
     for label in (-1, 6):
         assert np.isnan(apply(variables, *IMAGES, jnp.full(2, label))).all()
     np.testing.assert_allclose(apply(variables, *IMAGES, jnp.array([2, 4]))[1], of_class[4][1], rtol=1e-4, atol=1e-5)
-    plain = UNet(3, 4, (1, 2))
     variables = randomized(plain, *IMAGES)
     with pytest.raises(ValueError, match=r"labels need num_classes and the shape \(2,\), got 0 and \(2,\)"):
         plain.apply(variables, *IMAGES, jnp.array([2, 4]))
 
 
-def test_a_learned_variance_begins_half_way_and_has_its_own_outputs():
-    network = UNet(3, 4, (1, 2), learned_variance=True)
+@OF_IMAGES
+def test_a_learned_variance_begins_half_way_and_has_its_own_outputs(network):
+    plain, network = network, network.clone(learned_variance=True)
     prediction, fraction = network.apply(network.init(jax.random.key(0), *IMAGES), *IMAGES)
     chex.assert_equal_shape([prediction, fraction, IMAGES[0]])
     np.testing.assert_array_equal(fraction, 0.5)
     variables = randomized(network, *IMAGES)
-    kernel, bias = variables["params"]["out"].values()
-    assert kernel.shape == (4, 6) or bias.shape == (4, 6)
+    widths = [randomized(each, *IMAGES)["params"]["out"]["kernel"].shape[1] for each in (plain, network)]
+    assert widths[1] == 2 * widths[0]
     prediction, fraction = network.apply(variables, *IMAGES)
     assert jnp.abs(2 * fraction - 1 - prediction).max() > 1e-2
 
@@ -104,6 +112,11 @@ def test_a_learned_variance_begins_half_way_and_has_its_own_outputs():
 def test_an_image_that_cannot_be_halved_is_named(size):
     with pytest.raises(ValueError, match=f"multiples of 4, got {size[0]}x{size[1]}"):
         UNet(1, 4, (1, 2, 4)).init(jax.random.key(0), jnp.zeros((1, *size, 1)), jnp.ones(1, int))
+
+
+def test_an_image_that_is_no_whole_number_of_patches_is_named():
+    with pytest.raises(ValueError, match="multiples of 4, got 8x6"):
+        DiT(1, 4, 1, 4).init(jax.random.key(0), jnp.zeros((1, 8, 6, 1)), jnp.ones(1, int))
 
 
 def test_timestep_embedding_by_hand(variant):
@@ -121,6 +134,13 @@ def test_an_embedding_too_narrow_is_named(dim):
 def test_pixel_shuffle_by_hand():
     x = jnp.array([[[[0.0, 1, 2, 3], [4, 5, 6, 7]]]])  # one row of two pixels, each a 2x2 patch
     np.testing.assert_array_equal(pixel_shuffle(x)[0, :, :, 0], [[0, 1, 4, 5], [2, 3, 6, 7]])
+
+
+def test_patches_are_the_inverse_of_pixel_shuffle():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))
+    patches = to_patches(x, 4)
+    np.testing.assert_array_equal(patches[1, 1, 2].reshape(4, 4, 3), x[1, 4:8, 8:12])
+    np.testing.assert_array_equal(pixel_shuffle(patches, 4), x)
 
 
 def test_pixel_shuffle_after_a_dense_layer_is_a_transposed_convolution():
@@ -147,3 +167,25 @@ def test_attention_is_softmax_of_q_k_over_the_root_of_head_dim():
     heads = np.einsum("bhnm,bmhd->bnhd", weights, v).reshape(2, 6, 16)
     expected = np.asarray(x) + (heads @ p["out"]["kernel"] + p["out"]["bias"]).reshape(2, 2, 3, 16)
     np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_transformer_block_in_numpy():
+    x, condition = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in [(0, (2, 5, 16)), (1, (2, 4))])
+    layer = Block(jnp.float32)
+    np.testing.assert_allclose(layer.apply(layer.init(jax.random.key(0), x, condition), x, condition), x)  # the identity
+    variables = randomized(layer, x, condition)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
+    linear = lambda x, name: x @ p[name]["kernel"] + p[name]["bias"]  # noqa: E731
+    unit = lambda x: x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = np.split(linear(np.asarray(condition), "modulation")[:, None], 6, -1)
+    x = np.asarray(x, np.float64)
+    h = linear(unit(x - x.mean(-1, keepdims=True)) * (1 + scale_1) + shift_1, "qkv")
+    q, k, v = np.moveaxis(h.reshape(2, 5, 3, 8, 2), 2, 0)
+    q, k = unit(q) * p["q_norm"]["scale"], unit(k) * p["k_norm"]["scale"]
+    weights = np.exp(np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(2))
+    heads = np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v).reshape(2, 5, 16)
+    expected = x + gate_1 * linear(heads, "out")
+    h = linear(unit(expected - expected.mean(-1, keepdims=True)) * (1 + scale_2) + shift_2, "mlp_1")
+    gelu = h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))  # Hendrycks & Gimpel 2016, eq. 2
+    expected = expected + gate_2 * linear(gelu, "mlp_2")
+    np.testing.assert_allclose(layer.apply(variables, jnp.asarray(x, jnp.float32), condition), expected, rtol=1e-3, atol=1e-3)

@@ -18,13 +18,13 @@ import diffusion_jax as dj
 
 CONFIG = mnist.Config(embed_dim=4, dim_scales=(1,), batch_size=8, num_timesteps=12, iterations=8)
 COMBINATIONS = [
-    ("flow", "pred_u", "t", "logit_normal", True),
-    ("ve", "edm", "log_snr", "log_normal", False),
+    ("flow", "pred_u", "t", "logit_normal", True, "dit"),
+    ("ve", "edm", "log_snr", "log_normal", False, "unet"),
 ]
 
 
-@pytest.mark.parametrize(("path", "target_type", "time_input", "density", "stratified"), COMBINATIONS)
-def test_a_step_and_samples_on_every_path(path, target_type, time_input, density, stratified):
+@pytest.mark.parametrize(("path", "target_type", "time_input", "density", "stratified", "network"), COMBINATIONS)
+def test_a_step_and_samples_on_every_path(path, target_type, time_input, density, stratified, network):
     config = dataclasses.replace(
         CONFIG,
         noise_schedule_type=path,
@@ -32,6 +32,7 @@ def test_a_step_and_samples_on_every_path(path, target_type, time_input, density
         time_input=time_input,
         time_density=density,
         stratified=stratified,
+        network=network,
     )
     mnist.check(config)
     schedule, state = mnist.make_schedule(config), mnist.initial_state(config, jax.random.key(0))
@@ -72,7 +73,7 @@ def test_stratified_times_are_spread_evenly_and_the_others_are_not():
 
 def test_a_run_of_an_older_version_is_read_as_what_it_was(tmp_path):
     saved = dataclasses.asdict(CONFIG)
-    for name in ("time_input", "time_density", "stratified"):
+    for name in ("time_input", "time_density", "stratified", "network", "depth", "patch_size"):
         del saved[name]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert run_config(tmp_path) == CONFIG

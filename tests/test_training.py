@@ -10,7 +10,7 @@ import pytest
 import diffusion_jax as dj
 
 SCHEDULE = dj.cosine_schedule(10)
-NETWORKS = {"mlp": (dj.MLP(2, 8), (2,)), "unet": (dj.UNet(1, 4, (1,)), (4, 4, 1))}
+NETWORKS = {"mlp": (dj.MLP(2, 8), (2,)), "dit": (dj.DiT(1, 4, 1, 2), (4, 4, 1))}
 
 
 def setup(name, optimizer=None):
@@ -165,7 +165,7 @@ def test_a_batch_that_devices_cannot_share_is_named():
 
 @pytest.mark.parametrize("sample_fn", [dj.sample, dj.sample_trajectory])
 def test_samples_do_not_depend_on_the_devices(sample_fn):
-    network, shape = NETWORKS["unet"]
+    network, shape = NETWORKS["dit"]
     params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *shape)), jnp.ones(1, jnp.int32))["params"]
     params = jax.tree.map(lambda x: x + 0.05, params)
     table = dj.ancestral_table(SCHEDULE, sampling_timesteps=4)
