@@ -81,7 +81,7 @@ def test_losses_and_trajectories_in_float32(name, monkeypatch):
 
 
 def test_where_the_original_differs():
-    """The reasons for the differences that README.md lists, as the original's own numbers."""
+    """The reasons for the differences that docs/differences.md lists, as the original's own numbers."""
     linear = REFERENCE["old/alpha_bar/linear/10/float64"]
     assert linear[0] == 1 - 1e-4  # not the data
     assert linear[-1] > 0.89  # not noise, where ours is
