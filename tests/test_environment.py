@@ -23,6 +23,7 @@ SCRIPTS = sorted(file.name for file in EXPERIMENTS.glob("*.py") if "__main__" in
 OTHER_RANDOM_NUMBERS = {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0", "JAX_RANDOM_SEED_OFFSET": "7"}
 
 
+@pytest.mark.slow
 def test_no_variable_changes_the_random_numbers(trained, tmp_path):
     finish(start("mnist.py", *TINY, "--workdir", tmp_path / "run", **OTHER_RANDOM_NUMBERS))
     assert_same_run(tmp_path / "run", trained)
@@ -32,6 +33,7 @@ def test_no_variable_changes_the_random_numbers(trained, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "three.npy"), np.load(tmp_path / "five.npy")[:3], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_64_bits_enabled_change_a_run_by_rounding_alone(trained, tmp_path):
     finish(start("mnist.py", *TINY, "--workdir", tmp_path / "run", JAX_ENABLE_X64="1"))
     for one, other in zip(*(jax.tree.leaves(final_state(folder)) for folder in (tmp_path / "run", trained)), strict=True):
@@ -48,6 +50,7 @@ def test_ctrl_c_ends_a_script_at_once_from_its_imports_on(tmp_path, script):
     assert finish(process, -signal.SIGINT) == ""  # which shells call 130
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_a_place_for_its_messages(tmp_path):
     places = ["", "2>&-", "2>/dev/full", "2>&- >&- <&-"]
     for number, place in enumerate(places):

@@ -102,6 +102,7 @@ def test_a_conditional_run_learns_of_no_class_too(conditional):
     assert (learned[:10] > 0).sum() > 5
 
 
+@pytest.mark.slow
 def test_a_sampler_of_the_best_checkpoint_takes_that(trained, tmp_path):
     with open_checkpoints(trained / "checkpoints") as checkpoints:
         best, newest = checkpoints.best_step(), checkpoints.latest_step()
@@ -170,6 +171,7 @@ def test_mixture_draws_its_figures_and_resumes(tmp_path):
     assert "%|" not in said
 
 
+@pytest.mark.slow
 def test_coins_counts_heads_and_resumes(tmp_path):
     args = ["--workdir", tmp_path, "--iterations", "30", "--checkpoint-every", "10"]
     assert re.search(r"^fair coins 2[34]\.\d+ ± [34]\.\d+, exactly 36 in 0%$", run("coins.py", *args), re.MULTILINE)

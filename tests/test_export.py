@@ -15,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 import diffusion_jax as dj
 
-CONFIG = dataclasses.replace(mnist.PRESETS["paper"], embed_dim=8, dim_scales=(1, 2), batch_size=8, num_timesteps=10)
-BLOCKS = 4 + 4 + 2 + 1  # two a level each way, in the middle, and the last
+CONFIG = dataclasses.replace(mnist.PRESETS["paper"], embed_dim=8, dim_scales=(1,), batch_size=8, num_timesteps=10)
+BLOCKS = 2 + 2 + 2 + 1  # two each way, in the middle, and the last
 NORMALIZATIONS = 2 * BLOCKS + 2
-CONVOLUTIONS = 2 * BLOCKS + 1
+CONVOLUTIONS = 2 * BLOCKS
 SCHEDULE = dj.cosine_schedule(CONFIG.num_timesteps)
 STATE = mnist.initial_state(CONFIG, jax.random.key(0))
 PROGRAMS_OF_SHARDING = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
