@@ -1,14 +1,14 @@
 """The diffusion transformer, DiT (Peebles & Xie 2023), on patches of small images."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, Real
 
-from diffusion_jax.layers import MAX_HEADS, Dense, embed_condition, sharded_by_xla
+from diffusion_jax.layers import Dense, embed_condition, sharded_by_xla
 from diffusion_jax.unet import check_image, pixel_shuffle
+
+HEAD_DIM = 64
 
 
 class DiT(nn.Module):
@@ -54,7 +54,8 @@ class DiT(nn.Module):
 class Block(nn.Module):
     """x + gate_1 attention(norm(x)), and to that + gate_2 MLP(norm(it)), modulated by the condition (adaLN-Zero, fig. 3).
 
-    The gates start at zero, so the block starts as the identity. Queries and keys are normalized (Dehghani et al. 2023).
+    The gates start at zero, so the block starts as the identity. Each head has 64 channels if 64 divides C; otherwise there is
+    one head. Queries and keys are normalized (Dehghani et al. 2023).
     """
 
     dtype: DTypeLike
@@ -62,7 +63,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"], condition: Float[Array, "B E"]) -> Float[Array, "B N C"]:
         batch, tokens, channels = x.shape
-        heads = math.gcd(MAX_HEADS, channels)
+        heads = channels // HEAD_DIM if channels % HEAD_DIM == 0 else 1
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation(condition, 6, channels, self.dtype)
         h = Dense(3 * channels, self.dtype, name="qkv")(normalize(x, shift_1, scale_1))
         q, k, v = jnp.moveaxis(h.reshape(batch, tokens, 3, heads, channels // heads).astype(jnp.float32), 2, 0)

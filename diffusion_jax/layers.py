@@ -14,8 +14,6 @@ from jaxtyping import Array, DTypeLike, Float, Int, Real
 from diffusion_jax import cpu
 from diffusion_jax.mlp import timestep_embedding
 
-MAX_HEADS = 8
-
 
 def sharded_by_xla(call: Callable) -> Callable:
     """Decorates a network's `__call__`: on a mesh with explicit axes, XLA shards what is inside."""

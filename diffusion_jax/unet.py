@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, Real
 
-from diffusion_jax.layers import MAX_HEADS, Conv3x3, Dense, GroupNorm, embed_condition, sharded_by_xla, silu
+from diffusion_jax.layers import Conv3x3, Dense, GroupNorm, embed_condition, sharded_by_xla, silu
+
+MAX_HEADS = 8
 
 
 class UNet(nn.Module):

@@ -120,10 +120,9 @@ def is_late_write(error: Any) -> bool:
 
 
 def progress_bar(start: int, iterations: int) -> tqdm:
-    """Live in a terminal, a line now and then in a log file; none with TQDM_DISABLE=1."""
-    patience = 0.5 if sys.stderr.isatty() else 30
+    """The progress of a run, from the first process alone."""
     hidden: dict[str, Any] = {} if is_first_process() else {"disable": True}
-    return tqdm(total=iterations, initial=start, unit="step", mininterval=patience, dynamic_ncols=True, **hidden)
+    return tqdm(total=iterations, initial=start, unit="step", dynamic_ncols=True, **hidden)
 
 
 @contextlib.contextmanager

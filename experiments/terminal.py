@@ -1,4 +1,4 @@
-"""Prepares Ctrl-C and the standard streams. Scripts import it before anything slow."""
+"""Prepares Ctrl-C, the standard streams and progress bars. Scripts import it before anything slow."""
 
 import contextlib
 import io
@@ -29,6 +29,7 @@ def prepare_terminal() -> None:
     sys.stderr = io.TextIOWrapper(Messages(2, "w", closefd=False), errors="backslashreplace", write_through=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "30")  # few lines in a log file
 
 
 script = getattr(sys.modules["__main__"], "__file__", None)

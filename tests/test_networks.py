@@ -11,11 +11,11 @@ from diffusion_jax.mlp import timestep_embedding
 from diffusion_jax.unet import SelfAttention, pixel_shuffle
 
 
-def randomized(network, *inputs):
+def randomized(network, *inputs, scale=0.3):
     """Variables of `network` with nothing at zero, so that every layer shows in the output."""
     leaves, structure = jax.tree.flatten(jax.eval_shape(network.init, jax.random.key(0), *inputs))
     rng = np.random.default_rng(1)
-    return jax.tree.unflatten(structure, [jnp.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype) for x in leaves])
+    return jax.tree.unflatten(structure, [jnp.asarray(rng.normal(scale / 3, scale, x.shape), x.dtype) for x in leaves])
 
 
 IMAGES = (jax.random.normal(jax.random.key(2), (2, 8, 16, 3)), jnp.array([1, 7]))
@@ -170,20 +170,20 @@ def test_attention_is_softmax_of_q_k_over_the_root_of_head_dim():
 
 
 def test_a_transformer_block_in_numpy():
-    x, condition = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in [(0, (2, 5, 16)), (1, (2, 4))])
+    x, condition = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in [(0, (2, 5, 128)), (1, (2, 4))])
     layer = Block(jnp.float32)
     np.testing.assert_allclose(layer.apply(layer.init(jax.random.key(0), x, condition), x, condition), x)  # the identity
-    variables = randomized(layer, x, condition)
+    variables = randomized(layer, x, condition, scale=0.1)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
     linear = lambda x, name: x @ p[name]["kernel"] + p[name]["bias"]  # noqa: E731
     unit = lambda x: x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = np.split(linear(np.asarray(condition), "modulation")[:, None], 6, -1)
     x = np.asarray(x, np.float64)
     h = linear(unit(x - x.mean(-1, keepdims=True)) * (1 + scale_1) + shift_1, "qkv")
-    q, k, v = np.moveaxis(h.reshape(2, 5, 3, 8, 2), 2, 0)
+    q, k, v = np.moveaxis(h.reshape(2, 5, 3, 2, 64), 2, 0)
     q, k = unit(q) * p["q_norm"]["scale"], unit(k) * p["k_norm"]["scale"]
-    weights = np.exp(np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(2))
-    heads = np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v).reshape(2, 5, 16)
+    weights = np.exp(np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(64))
+    heads = np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v).reshape(2, 5, 128)
     expected = x + gate_1 * linear(heads, "out")
     h = linear(unit(expected - expected.mean(-1, keepdims=True)) * (1 + scale_2) + shift_2, "mlp_1")
     gelu = h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))  # Hendrycks & Gimpel 2016, eq. 2
