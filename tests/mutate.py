@@ -130,7 +130,7 @@ def survives(mutant: Mutant) -> bool:
         shutil.copy(ROOT / "pyproject.toml", folder)
         (Path(folder) / "diffusion_jax" / f"{mutant.module}.py").write_text(mutant.source)
         tests = [f"tests/test_{suite}.py" for suite in SUITES[mutant.module].split()]
-        command = [sys.executable, "-m", "pytest", "-xqq", "--no-header", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "-xqq", "-n0", "--no-header", "-p", "no:cacheprovider", *tests]
         environment = os.environ | {"PYTHONPATH": folder}
         try:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
