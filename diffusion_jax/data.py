@@ -8,11 +8,10 @@ import gzip
 import io
 import os
 import struct
-import tempfile
 import threading
 import urllib.request
 import warnings
-import zipfile
+import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -122,24 +121,30 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None, split: Split) -> I
 
 
 def _read_once(builder, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels, kept as arrays beside the files that they come from, since TFDS takes seconds to decode them.
+    """Images and labels, decoded by TFDS once and then kept as arrays beside its files.
 
-    zipfile checks their checksums. They are made again where they are damaged or those files have changed.
+    They are decoded again if the kept arrays are damaged or TFDS's files have changed.
     """
     files = [Path(file) for file in builder.info.splits[split].filepaths]
     source = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     kept = files[0].parent / f"diffusion_jax_{split}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(kept) as arrays:
-        if arrays["source"] == source:
-            return arrays["images"], arrays["labels"]
+    with contextlib.suppress(Exception), np.load(kept) as arrays:  # whatever is wrong with it, it is made again
+        images, labels = arrays["images"], arrays["labels"]
+        if arrays["source"] == source and arrays["checksum"] == _checksum(images, labels):
+            return images, labels
     examples = _read_examples(builder, split)
     images = np.stack([example["image"] for example in examples]).reshape(-1, 28, 28, 1)
     labels = np.array([example["label"] for example in examples], np.int32)
-    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=kept.parent) as folder:  # it may be read-only
-        new = Path(folder) / kept.name
-        np.savez(new, source=source, images=images, labels=labels)
+    with contextlib.suppress(OSError):  # the folder may be read-only
+        new = kept.with_suffix(".new.npz")
+        np.savez(new, source=source, checksum=_checksum(images, labels), images=images, labels=labels)
         os.replace(new, kept)
     return images, labels
+
+
+def _checksum(images: np.ndarray, labels: np.ndarray) -> int:
+    shapes = repr((images.shape, images.dtype, labels.shape, labels.dtype))
+    return zlib.crc32(labels.tobytes(), zlib.crc32(images.tobytes(), zlib.crc32(shapes.encode())))
 
 
 def _is_not_about_speed(record: Any) -> bool:

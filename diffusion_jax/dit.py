@@ -1,5 +1,7 @@
 """The diffusion transformer, DiT (Peebles & Xie 2023), on patches of small images."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,14 @@ HEAD_DIM = 64
 
 
 class DiT(nn.Module):
-    """f(x_t, t), an image of x_t's shape and float32; with `learned_variance`, a pair of that and a fraction for each element.
+    """f(x_t, t), a float32 image of x_t's shape; with `learned_variance`, a pair (image, fraction), both of that shape.
 
     Tokens are patches of `patch_size` x `patch_size` pixels, embedded in `embed_dim` channels with a learned position; `depth`
     blocks follow. `dtype` is what the layers compute in; parameters, statistics and the output are float32. With `num_classes`,
     each example has a label (see `embed_condition`). The parameters fit images of one size.
 
-    Raises ValueError if x_t is no image, or its height or width is not a multiple of `patch_size`.
+    Raises ValueError if `depth` or `patch_size` is less than 1, x_t is no image, or its height or width is not a multiple of
+    `patch_size`.
     """
 
     in_dim: int
@@ -34,6 +37,8 @@ class DiT(nn.Module):
     def __call__(
         self, x_t: Float[Array, "B H W C"], t: Real[Array, " B"], labels: Int[Array, " B"] | None = None
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
+        if self.depth < 1 or self.patch_size < 1:
+            raise ValueError(f"depth and patch_size must be at least 1, got {self.depth} and {self.patch_size}")
         check_image(x_t.shape, self.patch_size)
         condition = embed_condition(t, labels, self.embed_dim, self.embed_dim, self.num_classes, self.dtype)
         x = Dense(self.embed_dim, self.dtype, name="stem")(to_patches(x_t, self.patch_size))
@@ -52,10 +57,10 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """x + gate_1 attention(norm(x)), and to that + gate_2 MLP(norm(it)), modulated by the condition (adaLN-Zero, fig. 3).
+    """h + gate_2 MLP(norm(h)) with h = x + gate_1 attention(norm(x)), modulated by the condition (adaLN-Zero, fig. 3).
 
-    The gates start at zero, so the block starts as the identity. Each head has 64 channels if 64 divides C; otherwise there is
-    one head. Queries and keys are normalized (Dehghani et al. 2023).
+    The gates start at zero, so the block starts as the identity. Heads have 64 channels, or the next larger number that divides
+    C into equal heads. Queries and keys are normalized (Dehghani et al. 2023). Attention is computed in float32.
     """
 
     dtype: DTypeLike
@@ -63,7 +68,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"], condition: Float[Array, "B E"]) -> Float[Array, "B N C"]:
         batch, tokens, channels = x.shape
-        heads = channels // HEAD_DIM if channels % HEAD_DIM == 0 else 1
+        heads = math.gcd(channels, max(1, channels // HEAD_DIM))
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation(condition, 6, channels, self.dtype)
         h = Dense(3 * channels, self.dtype, name="qkv")(normalize(x, shift_1, scale_1))
         q, k, v = jnp.moveaxis(h.reshape(batch, tokens, 3, heads, channels // heads).astype(jnp.float32), 2, 0)
@@ -74,14 +79,14 @@ class Block(nn.Module):
 
 
 def modulation(condition: Float[Array, "B E"], count: int, channels: int, dtype: DTypeLike) -> list[Float[Array, "B 1 C"]]:
-    """`count` vectors for each example, linear in `condition` and zero at the start; a layer of the block that calls it."""
+    """`count` vectors for each example, linear in `condition` and zero at the start, by a layer of the calling module."""
     layer = nn.Dense(count * channels, dtype=dtype, kernel_init=nn.initializers.zeros, name="modulation")
     return jnp.split(layer(condition)[:, None], count, -1)
 
 
 def normalize(x: Float[Array, "B N C"], shift: Float[Array, "B 1 C"], scale: Float[Array, "B 1 C"]) -> Float[Array, "B N C"]:
     """(x - mean) / deviation * (1 + scale) + shift over the channels, in the dtype of `scale`, with statistics in float32."""
-    return nn.LayerNorm(use_bias=False, use_scale=False, dtype=scale.dtype)(x) * (1 + scale) + shift
+    return nn.LayerNorm(use_bias=False, use_scale=False, use_fast_variance=False, dtype=scale.dtype)(x) * (1 + scale) + shift
 
 
 def to_patches(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B H//{size} W//{size} C*{size}**2"]:

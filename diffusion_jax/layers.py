@@ -16,7 +16,10 @@ from diffusion_jax.mlp import timestep_embedding
 
 
 def sharded_by_xla(call: Callable) -> Callable:
-    """Decorates a network's `__call__`: on a mesh with explicit axes, XLA shards what is inside."""
+    """Decorates a network's `__call__`: on a mesh with explicit axes, it runs under `auto_axes`, so XLA chooses the sharding.
+
+    There the network may use no random numbers and no variables besides its parameters.
+    """
 
     @wraps(call)
     def wrapped(self, x_t, t, labels=None):
@@ -40,7 +43,7 @@ def embed_condition(
     num_classes: int,
     dtype: DTypeLike,
 ) -> Float[Array, "B width"]:
-    """silu(MLP(embedding of t) + embedding of the label), with layers named for the network that calls it.
+    """silu(MLP(embedding of t) + embedding of the label), by layers of the calling module.
 
     The label `num_classes`, or no labels at all, means unconditional; any other label that is not a class gives NaN. Raises
     ValueError if there are labels without classes, or not one for each example.

@@ -16,13 +16,13 @@ from diffusion_jax.sampling import SigmaType
 @dataclasses.dataclass(frozen=True)
 class Run:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """paper is the published recipe, improved that of docs/quality.md, small its small one; auto small on a CPU, or paper."""
+    """paper is the published recipe, improved that of docs/quality.md, small a smaller one; auto: small on a CPU, or paper."""
     workdir: str = "runs/mnist"
     """Where the run is kept. The same command continues it."""
     seed: int = 0
-    """Of the parameters, the order of the images, all noise, and the samples."""
+    """Seed of the parameters, the order of the images, all noise and the samples."""
     distributed: bool = False
-    """One process of several that train together."""
+    """Run as one of several processes that train together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Diffusion:
     target_type: TargetType = "pred_x_0"
     """What the network predicts; pred_u is flow's velocity, edm the network output of Karras et al. (2022)."""
     time_input: Literal["t", "log_snr"] = "t"
-    """What the network is told of time; with log_snr it can, from Python, sample on another path than its own."""
+    """The time input of the network; with log_snr it can also sample on other paths (from Python)."""
     time_density: TimeDensity = "uniform"
     """The distribution of t in training; the bound has its own."""
     stratified: bool = False
@@ -86,7 +86,7 @@ class Training:
     warmup: int = 0
     """Steps in which the learning rate rises from 0 to that, at most half of all."""
     ema_decay: float = 0.0
-    """Of an average of the parameters, with which samples are drawn; 0 is the parameters themselves."""
+    """Decay of the average of the parameters that samples are drawn with; 0 uses the last parameters."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import os
 import tempfile
 
-if "COMPILED_BY_TESTS" not in os.environ:  # by scripts that tests start; pytest-xdist's workers inherit it
+if "COMPILED_BY_TESTS" not in os.environ:  # for scripts that tests start; pytest-xdist's workers inherit it
     compiled = tempfile.TemporaryDirectory()
     os.environ["COMPILED_BY_TESTS"] = compiled.name
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # compiles twice as fast

@@ -2,6 +2,7 @@ import functools
 import gzip
 import http.server
 import json
+import os
 import re
 import socket
 import struct
@@ -132,6 +133,31 @@ def test_damaged_records_are_an_error_or_change_nothing(reachable, tmp_path, fil
     assert len(complaints) > 20
     for text in complaints:
         assert re.fullmatch(r"mnist in .* is damaged: remove .*/mnist, and it is prepared again \(.+\)", text)
+
+
+def test_decoded_arrays_are_kept_and_made_again_where_they_are_damaged_or_old(reachable, tmp_path, monkeypatch):
+    file = prepare(tmp_path, "array_record")
+    kept = file.with_name("diffusion_jax_train.npz")
+    whole, rng = kept.read_bytes(), np.random.default_rng(0)
+
+    def decodes() -> bool:
+        decoded, read = [], data._read_examples
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "_read_examples", lambda *args: decoded.append(args) or read(*args))
+            check_images(data.load_dataset("mnist", tmp_path), reachable)
+        return bool(decoded)
+
+    assert not decodes()
+    for at in [*range(0, 400, 5), *rng.integers(0, len(whole), 40)]:
+        kept.write_bytes(bytes([*whole[:at], whole[at] ^ 1 << at % 8, *whole[at + 1 :]]))
+        decodes()
+        assert not decodes()
+    for other in (b"", whole[:1000]):
+        kept.write_bytes(other)
+        assert decodes()
+    os.utime(file, (0, 0))
+    assert decodes()
+    assert {path.name for path in file.parent.iterdir() if "diffusion_jax" in path.name} == {kept.name}
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])

@@ -74,9 +74,9 @@ LEARNED = ["--sigma-type", "learned", "--loss-type", "hybrid", "--target-type", 
 
 @pytest.fixture(scope="session")
 def conditional(tmp_path_factory):
-    """The folder of a tiny run that learned classes and variances."""
+    """The folder of a tiny run that learned classes and variances, at a rate that makes them visible."""
     workdir = tmp_path_factory.mktemp("runs") / "conditional"
-    run("mnist.py", *TINY, "--conditional", *LEARNED, "--workdir", workdir)
+    run("mnist.py", *TINY, "--conditional", *LEARNED, "--learning-rate", "0.03", "--workdir", workdir)
     return workdir
 
 
@@ -89,8 +89,8 @@ def test_a_conditional_run_draws_the_classes_that_are_asked_for(conditional, tmp
     asked, others, less = drawn("773"), drawn("774"), drawn("773", "1")
     assert asked.shape == (3, 32, 32, 1)
     np.testing.assert_array_equal(asked[:2], others[:2])
-    assert np.abs(asked[2] - others[2]).max() > 1e-5
-    assert np.abs(asked - less).max(axis=(1, 2, 3)).min() > 1e-5
+    assert np.abs(asked[2] - others[2]).max() > 1e-3
+    assert np.abs(asked - less).max(axis=(1, 2, 3)).min() > 1e-3
 
 
 def test_a_conditional_run_learns_of_no_class_too(conditional):

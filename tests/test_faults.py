@@ -30,6 +30,19 @@ def test_killed_and_repeated_is_never_killed(trained, tmp_path):
     assert_same_run(tmp_path / "killed", trained)
 
 
+@pytest.mark.slow
+def test_the_published_network_goes_on_and_is_shared_by_devices_as_the_small_one(tmp_path):
+    unet = [*TINY, "--network", "unet", "--dim-scales", "1", "2", "--workdir"]
+    run("mnist.py", *unet, tmp_path / "whole")
+    process = start("mnist.py", *unet, tmp_path / "killed")
+    wait_for(process, lambda: list(tmp_path.glob("killed/checkpoints/[24]")))
+    finish_killed(process)
+    run("mnist.py", *unet, tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    run("mnist.py", *unet, tmp_path / "shared", devices=4)
+    assert_close(tmp_path / "shared", tmp_path / "whole")
+
+
 def finish_killed(process: subprocess.Popen) -> None:
     process.kill()
     finish(process, status=-signal.SIGKILL)

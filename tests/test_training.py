@@ -10,7 +10,7 @@ import pytest
 import diffusion_jax as dj
 
 SCHEDULE = dj.cosine_schedule(10)
-NETWORKS = {"mlp": (dj.MLP(2, 8), (2,)), "dit": (dj.DiT(1, 4, 1, 2), (4, 4, 1))}
+NETWORKS = {"mlp": (dj.MLP(2, 8), (2,)), "dit": (dj.DiT(1, 4, 1, 2), (4, 4, 1)), "unet": (dj.UNet(1, 4, (1, 2)), (4, 4, 1))}
 
 
 def setup(name, optimizer=None):
@@ -68,7 +68,7 @@ def test_the_step_is_compiled_once(devices):
     assert not any(map(is_compile, compiled))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["mlp", "dit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_one_and_four_devices_train_alike(name):
     state, step, x_0 = setup(name)
     one, one_losses = run(compile_step(step, 1), state, x_0, 5)
