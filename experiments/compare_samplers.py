@@ -51,7 +51,7 @@ class Config:
     num_samples: int = 2000
     """N, of generated and of training images alike."""
     calls: tuple[int, ...] = (5, 10, 20, 50)
-    """Numbers of network calls, each for every sampler; Heun's method takes the next lower odd number."""
+    """Numbers of network calls, each for every sampler; Heun's method takes one or two fewer."""
     spacing: Spacing | None = None
     """As in sample.py."""
     all_steps: bool = False

@@ -176,7 +176,7 @@ def save_bound_figure(file: Path, bits: np.ndarray) -> None:
 
 def save_curves(file: Path, distances: dict[str, dict[int, float]], floor: float) -> None:
     """Distance against the number of network calls, a line a sampler, above that of real images."""
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = plt.subplots(figsize=(7.5, 4))
     for name, curve in distances.items():
         axis.plot(list(curve), list(curve.values()), "o-", markersize=4, label=name)
     axis.axhline(floor, color="gray", linestyle=":", label="test images")
@@ -186,7 +186,7 @@ def save_curves(file: Path, distances: dict[str, dict[int, float]], floor: float
         numbers.set_major_formatter("{x:g}")
         numbers.set_minor_formatter("")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, file)
 
 
