@@ -49,7 +49,7 @@ def main() -> None:
     prepare_machine()
     train, test = (load_dataset("mnist", args.data_dir, split) for split in ("train", "test"))
     classify, _ = trained_classifier(train, test)
-    real = classify(train.images[np.random.default_rng(0).permutation(len(train.images))[: args.num_samples]])[0]
+    real = classify(train.images[np.random.default_rng(0).permutation(len(train.images))[: args.num_samples]]).features
 
     out = Path(args.out)
     budget = {"iterations": args.iterations, "num_samples": args.num_samples}
@@ -65,7 +65,7 @@ def main() -> None:
             loss, draw = trained(config, train)
             labels = mnist.labels_in_turn(config, BATCH)
             samples = np.concatenate([draw(labels, first) for first in range(0, args.num_samples, BATCH)])[: args.num_samples]
-            distance = frechet_distance(real, classify(to_bytes(samples))[0])
+            distance = frechet_distance(real, classify(to_bytes(samples)).features)
             run = {"name": name, "seed": seed, **budget, "loss": loss, "distance": distance}
             done.append(run)
             with out.open("a") as file:

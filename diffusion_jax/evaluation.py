@@ -57,6 +57,22 @@ def precision_and_recall(
     return covered(real, generated), covered(generated, real)
 
 
+def density_and_coverage(
+    real: Float[np.ndarray, "N d"], generated: Float[np.ndarray, "M d"], neighbours: int = 5
+) -> tuple[float, float]:
+    """How many of the real ones' balls a generated feature is in, over `neighbours`, and the share of balls that have one.
+
+    [Naeem et al. 2020, eq. 2 and 3]. The density may be above 1.
+    """
+    radii = nearest_squared_distances(real, real, neighbours + 1)[:, -1]
+    inside, covered = 0, np.zeros(len(real), bool)
+    for i in range(0, len(generated), BLOCK):
+        within = _squared_distances(generated[i : i + BLOCK], real) <= radii
+        inside += int(within.sum())
+        covered |= within.any(axis=0)
+    return inside / (neighbours * len(generated)), float(covered.mean())
+
+
 def nearest_squared_distances(x: Float[np.ndarray, "N d"], y: Float[np.ndarray, "M d"], count: int) -> Float[np.ndarray, "N c"]:
     """|x_i - y_j|^2 for the `count` nearest y_j of each x_i, nearest first."""
     blocks = (_squared_distances(x[i : i + BLOCK], y) for i in range(0, len(x), BLOCK))

@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,30 +24,39 @@ from diffusion_jax.layers import Conv3x3, Dense
 EPOCHS, BATCH, FEATURES = 4, 100, 64
 
 
+class Outputs(NamedTuple):
+    features: Float[Array, "B 64"]
+    logits: Float[Array, "B 10"]
+    statistics: Float[Array, "B 256"]
+    """Mean and deviation over the pixels, for each channel of the third convolution."""
+
+
 class Classifier(nn.Module):
-    """The features [B, FEATURES] and the logits [B, 10] of images [B, 28, 28, 1], bytes."""
+    """Three convolutions and two dense layers, of images [B, 28, 28, 1] of bytes."""
 
     @nn.compact
-    def __call__(self, images: UInt8[Array, "B 28 28 1"]) -> tuple[Float[Array, "B F"], Float[Array, "B 10"]]:
+    def __call__(self, images: UInt8[Array, "B 28 28 1"]) -> Outputs:
         x = images.astype(jnp.float32) / 127.5 - 1
+        statistics = x
         for number, width in enumerate((32, 64, 128)):
             x = nn.relu(nn.LayerNorm()(Conv3x3(width, jnp.float32, name=f"conv_{number}")(x)))
+            statistics = jnp.concatenate([x.mean((1, 2)), x.std((1, 2))], -1)
             x = nn.max_pool(x, (2, 2), (2, 2))
         features = Dense(FEATURES, jnp.float32, name="features")(x.reshape(len(x), -1))
-        return features, Dense(10, jnp.float32, name="logits")(nn.relu(features))
+        return Outputs(features, Dense(10, jnp.float32, name="logits")(nn.relu(features)), statistics)
 
 
-def apply(params: PyTree, images: UInt8[Array, "B 28 28 1"]) -> tuple[Array, Array]:
-    features_and_logits: Any = Classifier().apply({"params": params}, images)
-    return features_and_logits
+def apply(params: PyTree, images: UInt8[Array, "B 28 28 1"]) -> Outputs:
+    outputs: Any = Classifier().apply({"params": params}, images)
+    return outputs
 
 
-Classify = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+Classify = Callable[[np.ndarray], Outputs]
 
 
 def trained_classifier(data: ImageData, test: ImageData) -> tuple[Classify, float]:
-    """classify(images) -> (features, labels), and its accuracy on the test split; kept in ~/.cache/diffusion_jax,
-    for these images and this file."""
+    """classify(images) -> Outputs, and its accuracy on the test split; kept in ~/.cache/diffusion_jax, for these images and
+    this file."""
     made_of = zlib.crc32(Path(__file__).read_bytes() + data.images.tobytes())
     file = Path(os.path.expanduser(f"~/.cache/diffusion_jax/classifier_{data.name}_{made_of:08x}.npz"))
     params = _load(file)
@@ -58,17 +67,27 @@ def trained_classifier(data: ImageData, test: ImageData) -> tuple[Classify, floa
             np.savez(out, **flatten_dict(params, sep="/"))  # pyright: ignore[reportArgumentType]
         os.replace(out.name, file)
 
-    @jax.jit
-    def forward(images):
-        features, logits = apply(params, images)
-        return features, logits.argmax(-1)
+    classify = classifier_of(params)
+    return classify, float((classify(test.images).logits.argmax(-1) == test.labels).mean())
 
-    def classify(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        parts = [forward(images[i : i + 500]) for i in range(0, len(images), 500)]
-        features, labels = zip(*parts, strict=True)
-        return np.concatenate(features), np.concatenate(labels)
 
-    return classify, float((classify(test.images)[1] == test.labels).mean())
+def untrained_classifier() -> Classify:
+    """The same network with its initial parameters, which depend on nothing: a random projection of images."""
+    return classifier_of(_initial_params())
+
+
+def classifier_of(params: PyTree) -> Classify:
+    forward = jax.jit(apply)
+
+    def classify(images: np.ndarray) -> Outputs:
+        parts = [forward(params, images[i : i + 500]) for i in range(0, len(images), 500)]
+        return Outputs(*(np.concatenate(part) for part in zip(*parts, strict=True)))  # pyright: ignore[reportArgumentType]
+
+    return classify
+
+
+def _initial_params() -> PyTree:
+    return jax.jit(Classifier().init)(random_key(0), jnp.zeros((1, 28, 28, 1), jnp.uint8))["params"]
 
 
 def _load(file: Path) -> dict | None:
@@ -83,10 +102,10 @@ def _train(data: ImageData) -> dict:
     """Adam, and a shift of up to two pixels for each image."""
     steps = EPOCHS * max(len(data.images), 15_000) // BATCH
     optimizer = optax.adam(optax.cosine_onecycle_schedule(steps, 3e-3))
-    params = jax.jit(Classifier().init)(random_key(0), data.images[:1])["params"]
+    params = _initial_params()
 
     def loss_fn(params, images, labels):
-        logits = apply(params, images)[1]
+        logits = apply(params, images).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Frechet distance against the number of network calls, for every sampler, of a run of experiments/mnist.py.
+"""Frechet distances against the number of network calls, for every sampler, of a run of experiments/mnist.py.
 
 python experiments/compare_samplers.py --workdir runs/mnist --calls 5 10 20 50
 """
@@ -14,8 +14,8 @@ from typing import Literal
 
 import mnist
 import numpy as np
-from classifier import trained_classifier
 from command_line import check_values, one_line_errors, parse_command_line, require
+from feature_spaces import feature_spaces
 from figures import save_curves
 from judge import to_bytes
 from machine import prepare_machine, random_key
@@ -80,23 +80,34 @@ def main() -> None:
             tables["ancestral, upper bound", run.num_timesteps] = dj.ancestral_table(schedule)
         train, test = (load_dataset(run.dataset, config.data_dir, split) for split in ("train", "test"))
         state = restored(run, config.workdir, config.checkpoint)
-        classify, _ = trained_classifier(train, test)
+        describe, _ = feature_spaces(train, test)
 
     count = min(config.num_samples, len(train.images), len(test.images))
     chosen = np.random.default_rng(config.seed).permutation(len(train.images))[:count]
-    real, labels = classify(train.images[chosen])[0], mnist.labels_in_turn(run, count)
-    floor, distances = frechet_distance(real, classify(test.images[:count])[0]), {}
-    print(f"| sampler | calls | Frechet distance, {count} images |\n|---|---|---|\n| test images | | {floor:.3g} |")
+    (real, _), labels = describe(train.images[chosen]), mnist.labels_in_turn(run, count)
+
+    def compared(images: np.ndarray) -> dict[str, float]:
+        return {space: frechet_distance(real[space], features) for space, features in describe(images)[0].items()}
+
+    floors = compared(test.images[:count])
+    curves: dict[str, dict[str, dict[int, float]]] = {space: {} for space in floors}
+    print(f"{count} images, Frechet distances\n\n| sampler | calls | {' | '.join(floors)} |\n{'|---' * (2 + len(floors))}|")
+    print(as_row("test images", "", floors))
     for (name, _), table in tables.items():
-        samples = draw_all(run, schedule, state, table, random_key(config.seed), labels)
-        distances.setdefault(name, {})[len(table.t)] = distance = frechet_distance(real, classify(to_bytes(samples))[0])
-        print(f"| {name} | {len(table.t)} | {distance:.3g} |", flush=True)
+        distances = compared(to_bytes(draw_all(run, schedule, state, table, random_key(config.seed), labels)))
+        for space, distance in distances.items():
+            curves[space].setdefault(name, {})[len(table.t)] = distance
+        print(as_row(name, len(table.t), distances), flush=True)
     with one_line_if_unwritable(Path(config.workdir)):
         results = {"images": count, "seed": config.seed, "step": int(state.step), "spacing": config.spacing}
-        results |= {"test": floor, "distances": distances}
+        results |= {"test": floors, "distances": curves}
         (Path(config.workdir) / "samplers.json").write_text(json.dumps(results, indent=2) + "\n")
-        save_curves(Path(config.workdir) / "samplers.png", distances, floor)
+        save_curves(Path(config.workdir) / "samplers.png", curves, floors)
     print(f"wrote {config.workdir}/samplers.json and samplers.png", file=sys.stderr)
+
+
+def as_row(name: str, calls: int | str, distances: dict[str, float]) -> str:
+    return f"| {name} | {calls} | {' | '.join(f'{distance:.3g}' for distance in distances.values())} |"
 
 
 if __name__ == "__main__":

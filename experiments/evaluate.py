@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import mnist
 import numpy as np
-from classifier import trained_classifier
 from command_line import check_values, one_line_errors, parse_command_line, require
+from feature_spaces import feature_spaces
 from figures import save_bound_figure
 from jaxtyping import Float
 from judge import as_table, judge
@@ -76,14 +76,14 @@ def main() -> None:
         train, test = (load_dataset(run.dataset, config.data_dir, split) for split in ("train", "test"))
         state = restored(run, config.workdir, config.checkpoint)
         count = min(config.num_samples, len(test.images), len(train.images))
-        classify, accuracy = trained_classifier(train, test)
+        describe, accuracy = feature_spaces(train, test)
 
     labels = mnist.labels_in_turn(run, count)
     samples = draw_all(run, schedule, state, table, random_key(config.seed), labels, config.guidance_scale)
     results = {
         "step": int(state.step), "calls": len(table.t), "sampler": config.sampler, "eta": config.eta, "seed": config.seed,
         "guidance_scale": config.guidance_scale, "classifier_accuracy": accuracy,
-        **judge(samples, train, test, classify, config.seed, labels if run.conditional else None),
+        **judge(samples, train, test, describe, config.seed, labels if run.conditional else None),
     }  # fmt: skip
     bits = None
     if config.bound_images:

@@ -174,20 +174,24 @@ def save_bound_figure(file: Path, bits: np.ndarray) -> None:
     _save(figure, file)
 
 
-def save_curves(file: Path, distances: dict[str, dict[int, float]], floor: float) -> None:
-    """Distance against the number of network calls, a line a sampler, above that of real images."""
-    figure, axis = plt.subplots(figsize=(7.5, 4))
-    for name, curve in distances.items():
-        axis.plot(list(curve), list(curve.values()), "o-", markersize=4, label=name)
-    axis.axhline(floor, color="gray", linestyle=":", label="test images")
-    axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Frechet distance")
-    for numbers in (axis.xaxis, axis.yaxis):
-        numbers.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        numbers.set_major_formatter("{x:g}")
-        numbers.set_minor_formatter("")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, file)
+def save_curves(file: Path, curves: dict[str, dict[str, dict[int, float]]], floors: dict[str, float]) -> None:
+    """Distance against the number of network calls: a panel for each feature space, a line for each sampler."""
+    figure, axes = plt.subplots(2, 2, figsize=(9.5, 6.5), squeeze=False)
+    for axis, (space, floor) in zip(axes.flat, floors.items(), strict=True):
+        for name, curve in curves[space].items():
+            axis.plot(list(curve), list(curve.values()), "o-", markersize=3, linewidth=1, label=name)
+        axis.axhline(floor, color="gray", linestyle=":", label="test images")
+        axis.set(xscale="log", yscale="log", title=space, xlabel="network calls", ylabel="Frechet distance")
+        axis.title.set_fontsize(10)
+        for numbers in (axis.xaxis, axis.yaxis):
+            numbers.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            numbers.set_major_formatter("{x:g}")
+            numbers.set_minor_formatter("")
+        axis.grid(alpha=0.3)
+    figure.tight_layout(pad=0.4, rect=(0, 0.09, 1, 1))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def _hide_all(axes: np.ndarray) -> None:

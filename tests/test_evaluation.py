@@ -57,6 +57,17 @@ def test_precision_and_recall_are_their_definition(monkeypatch):
     assert evaluation.precision_and_recall(REAL, REAL + 100) == (0.0, 0.0)
 
 
+def test_density_and_coverage_are_their_definition(monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", 64)
+    radii = scipy.spatial.cKDTree(REAL).query(REAL, 6)[0][:, -1]
+    within = scipy.spatial.distance.cdist(GENERATED, REAL) <= radii
+    density, coverage = evaluation.density_and_coverage(REAL, GENERATED)
+    np.testing.assert_allclose(density, within.sum() / (5 * len(GENERATED)))
+    np.testing.assert_allclose(coverage, within.any(0).mean())
+    assert evaluation.density_and_coverage(REAL, REAL + 100) == (0, 0)
+    assert evaluation.density_and_coverage(REAL, np.repeat(REAL[:1], 50, 0))[1] < 0.1  # samples that are all alike
+
+
 def test_the_nearest_are_those_of_a_tree(monkeypatch):
     monkeypatch.setattr(evaluation, "BLOCK", 64)
     expected = scipy.spatial.cKDTree(GENERATED).query(REAL, 3)[0] ** 2

@@ -130,14 +130,20 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
     said = finish(start("evaluate.py", *args, HOME=str(tmp_path)))  # whose classifier is trained anew
     results = json.loads((workdir / "evaluation.json").read_text())
     assert results["classifier_accuracy"] > 0.95
-    assert results["generated"]["frechet_distance"] > 10 * results["test"]["frechet_distance"]
-    assert results["generated"]["precision"] < 0.2 < 0.6 < results["test"]["precision"]
+    for space in ("classifier", "statistics", "pixels", "random network"):
+        generated, real = results["generated"][space], results["test"][space]
+        assert len(generated["frechet_distance"]) == 3
+        for distance in ("frechet_distance", "kernel_distance"):
+            assert min(generated[distance]) > 5 * max(0, *real[distance])
+        for share in ("precision", "density", "coverage"):
+            assert max(generated[share]) < 0.3 < 0.5 < min(real[share])
+    assert np.sum(results["test"]["class_shares"]) == pytest.approx(1)
     assert results["bits_per_dim"] > 1
     curve, value = results["flow_bits_curve"], results["flow_bits_per_dim"]
     converged = len(curve) > 1 and abs(np.diff(list(curve.values()))[-1]) < 0.01
     assert value == (list(curve.values())[-1] if converged else None)
     assert converged != ("flow_bits_per_dim has not converged" in said)
-    assert "| frechet distance |" in said
+    assert "| classifier: frechet distance |" in said
     assert Image.open(workdir / "bound.png").size[0] > 500
 
     shutil.copytree(conditional, tmp_path / "classes")
@@ -148,10 +154,11 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
 
     args = ["--workdir", workdir, "--num-samples", "100", "--calls", "2", "4"]
     assert "| DPM-Solver++(2M) | 4 |" in finish(start("compare_samplers.py", *args, HOME=str(tmp_path)))
-    distances = json.loads((workdir / "samplers.json").read_text())
-    for name, curve in distances["distances"].items():
-        assert set(curve) == ({"1", "3"} if name == "Heun" else {"2", "4"})
-        assert min(curve.values()) > distances["test"]
+    compared = json.loads((workdir / "samplers.json").read_text())
+    for space, curves in compared["distances"].items():
+        for name, curve in curves.items():
+            assert set(curve) == ({"1", "3"} if name == "Heun" else {"2", "4"})
+            assert min(curve.values()) > compared["test"][space]
     assert Image.open(workdir / "samplers.png").size[0] > 500
 
     images = load_dataset("digits", split="test").images / 127.5 - 1
