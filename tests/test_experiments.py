@@ -157,7 +157,7 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
     compared = json.loads((workdir / "samplers.json").read_text())
     for space, curves in compared["distances"].items():
         for name, curve in curves.items():
-            assert set(curve) == ({"1", "3"} if name == "Heun" else {"2", "4"})
+            assert set(curve) == ({"1", "2"} if name == "Heun" else {"2", "4"})  # one call where sigma falls to a tenth
             assert min(curve.values()) > compared["test"][space]
     assert Image.open(workdir / "samplers.png").size[0] > 500
 

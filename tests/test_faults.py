@@ -224,7 +224,7 @@ def test_a_full_disk_stops_the_run_and_leaves_its_last_checkpoint(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     args = [*LONG, "--iterations", "60"]
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a small disk needs the right to mount one")
     try:
         said = run("mnist.py", *args, "--workdir", disk / "run", status=1)
