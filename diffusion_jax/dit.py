@@ -1,7 +1,5 @@
 """The diffusion transformer, DiT (Peebles & Xie 2023), on patches of small images."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,8 +57,8 @@ class DiT(nn.Module):
 class Block(nn.Module):
     """h + gate_2 MLP(norm(h)) with h = x + gate_1 attention(norm(x)), modulated by the condition (adaLN-Zero, fig. 3).
 
-    The gates start at zero, so the block starts as the identity. Heads have 64 channels, or the next larger number that divides
-    C into equal heads. Queries and keys are normalized (Dehghani et al. 2023). Attention is computed in float32.
+    The gates start at zero, so the block starts as the identity. Heads have 64 channels, or the smallest larger number that
+    divides C. Queries and keys are normalized (Dehghani et al. 2023). Attention is computed in float32.
     """
 
     dtype: DTypeLike
@@ -68,7 +66,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"], condition: Float[Array, "B E"]) -> Float[Array, "B N C"]:
         batch, tokens, channels = x.shape
-        heads = math.gcd(channels, max(1, channels // HEAD_DIM))
+        heads = next(count for count in range(max(1, channels // HEAD_DIM), 0, -1) if channels % count == 0)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation(condition, 6, channels, self.dtype)
         h = Dense(3 * channels, self.dtype, name="qkv")(normalize(x, shift_1, scale_1))
         q, k, v = jnp.moveaxis(h.reshape(batch, tokens, 3, heads, channels // heads).astype(jnp.float32), 2, 0)

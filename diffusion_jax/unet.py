@@ -117,7 +117,7 @@ def pixel_shuffle(x: Float[Array, "B H W C"], size: int = 2) -> Float[Array, "B 
 
 
 def check_image(shape: Sequence[int], multiple: int) -> None:
-    """Raise ValueError unless `shape` is that of images whose height and width are multiples of `multiple`."""
+    """Raise ValueError unless `shape` is [B, H, W, C], with H and W multiples of `multiple`."""
     if len(shape) != 4:
         raise ValueError(f"the network takes images of the shape [B, H, W, C], got {shape}")
     if any(n % multiple for n in shape[1:3]):

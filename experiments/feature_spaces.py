@@ -1,4 +1,4 @@
-"""The feature spaces that samples are judged in, chosen before any recipe was compared in them (docs/quality.md)."""
+"""The feature spaces that samples are judged in. The set is fixed, so that no recipe is tuned to one of them."""
 
 from collections.abc import Callable
 

@@ -16,7 +16,7 @@ from diffusion_jax.sampling import SigmaType
 @dataclasses.dataclass(frozen=True)
 class Run:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """paper is the published recipe, improved that of docs/quality.md, small a smaller one; auto: small on a CPU, or paper."""
+    """paper: published recipe. improved: see docs/quality.md. small: for a CPU. auto: small on a CPU, paper elsewhere."""
     workdir: str = "runs/mnist"
     """Where the run is kept. The same command continues it."""
     seed: int = 0
