@@ -13,17 +13,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import jax
-import mnist
 import numpy as np
-from classifier import trained_classifier
-from judge import to_bytes
-from machine import prepare_machine
-from mnist_config import IMPROVED
 from tqdm import tqdm
 
 import diffusion_jax as dj
-from diffusion_jax.data import load_dataset
-from diffusion_jax.evaluation import frechet_distance
+from support import model
+from support.classifier import trained_classifier
+from support.config import IMPROVED, PRESETS, Config
+from support.data import load_dataset
+from support.distances import frechet_distance
+from support.judging import to_bytes
+from support.machine import prepare_machine
 
 CALLS, BATCH = 20, 250
 ROWS = {
@@ -61,9 +61,9 @@ def main() -> None:
                 continue
             options = ROWS[name] | ({"warmup": args.iterations // 20} if ROWS[name].get("warmup") else {})
             base = {"embed_dim": 16, "batch_size": 64, "precision": "bfloat16", "iterations": args.iterations, "seed": seed}
-            config = dataclasses.replace(mnist.PRESETS["paper"], **base, **options)
+            config = dataclasses.replace(PRESETS["paper"], **base, **options)
             loss, draw = trained(config, train)
-            labels = mnist.labels_in_turn(config, BATCH)
+            labels = model.labels_in_turn(config, BATCH)
             samples = np.concatenate([draw(labels, first) for first in range(0, args.num_samples, BATCH)])[: args.num_samples]
             distance = frechet_distance(real, classify(to_bytes(samples)).features)
             run = {"name": name, "seed": seed, **budget, "loss": loss, "distance": distance}
@@ -73,16 +73,16 @@ def main() -> None:
     print(as_table(done))
 
 
-def trained(config: mnist.Config, data):
+def trained(config: Config, data):
     """The mean loss of the last hundred iterations, and draw(labels, first)."""
-    schedule = mnist.make_schedule(config)
+    schedule = model.make_schedule(config)
     init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
-    state, step = mnist.initial_state(config, init_key), mnist.make_step(config, schedule, data, train_key)
+    state, step = model.initial_state(config, init_key), model.make_step(config, schedule, data, train_key)
     losses = []
     for number in tqdm(range(config.iterations)):
         state, metrics = step(state, number)
         losses.append(metrics["loss"])
-    sampler, table = mnist.make_sampler(config, schedule), dj.dpm_solver_table(schedule, 1.0, CALLS)
+    sampler, table = model.make_sampler(config, schedule), dj.dpm_solver_table(schedule, 1.0, CALLS)
     loss = float(np.mean(jax.device_get(losses[-100:])))
     return loss, lambda labels, first: sampler(state.ema_params, table, sample_key, labels, first)
 

@@ -43,31 +43,33 @@ def timed(work: Callable) -> Callable[..., float]:
 
 def ours(options: dict, precision: str, products: str | None = None) -> Contender:
     """This project, as experiments/mnist.py runs it; `products` is JAX's precision of float32 products."""
-    from machine import prepare_machine
+    from support.machine import prepare_machine
 
     prepare_machine()
     import dataclasses
 
     import jax
     import jax.numpy as jnp
-    import mnist
     import numpy as np
 
     import diffusion_jax as dj
-    from diffusion_jax.data import ImageData
+    from support import model
+    from support.batches import training_step
+    from support.config import PRESETS
+    from support.data import ImageData
 
     jax.config.update("jax_default_matmul_precision", products)
     size = {"embed_dim": options["embed_dim"], "dim_scales": CHANNELS, "batch_size": options["batch_size"]}
-    config = dataclasses.replace(mnist.PRESETS["paper"], precision=precision, num_timesteps=T, **size)
+    config = dataclasses.replace(PRESETS["paper"], precision=precision, num_timesteps=T, **size)
     schedule, (init_key, train_key, sample_key) = dj.cosine_schedule(T), jax.random.split(jax.random.key(0), 3)
     images = np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8)
-    state = mnist.initial_state(config, init_key)
-    step = mnist.make_step(config, schedule, ImageData("noise", images, np.zeros(len(images), np.int32)), train_key)
-    draw = mnist.make_sampler(config, schedule)
-    network = mnist.make_network(config)
+    state = model.initial_state(config, init_key)
+    step = model.make_step(config, schedule, ImageData("noise", images, np.zeros(len(images), np.int32)), train_key)
+    draw = model.make_sampler(config, schedule)
+    network = model.make_network(config)
     apply = jax.jit(lambda params, x_t, t: network.apply({"params": params}, x_t, t))
     x_t, t = jnp.zeros((options["batch_size"], SIDE, SIDE, 1)), jnp.ones(options["batch_size"], jnp.int32)
-    square = jax.random.normal(init_key, (MATMUL, MATMUL), mnist.DTYPES[precision])
+    square = jax.random.normal(init_key, (MATMUL, MATMUL), model.DTYPES[precision])
     multiply = jax.jit(jnp.matmul)
 
     def train(steps: int = 1) -> None:
@@ -81,13 +83,13 @@ def ours(options: dict, precision: str, products: str | None = None) -> Contende
             state.params,
             dj.ancestral_table(schedule, sampling_timesteps=steps),
             sample_key,
-            mnist.labels_in_turn(config, count),
+            model.labels_in_turn(config, count),
         )
 
     def difference(steps: int) -> float:
         runs = []
         for _ in range(2):
-            run = mnist.initial_state(config, init_key)
+            run = model.initial_state(config, init_key)
             for number in range(steps):
                 run, _ = step(run, number)
             runs.append(jax.device_get(run.params))
@@ -102,9 +104,10 @@ def ours(options: dict, precision: str, products: str | None = None) -> Contende
         return flops_of(layers(state.params).jaxpr)
 
     def lowered() -> dict[str, float]:
-        whole = partial(mnist.training_step(config, schedule, train_key), mean_over_devices=lambda tree: tree)
+        step = training_step(model.make_loss(config, schedule), train_key, options["batch_size"], 0.0)
+        whole = partial(step, mean_over_devices=lambda tree: tree)
         indices = jnp.zeros(options["batch_size"], jnp.int32)
-        traced = jax.jit(whole).trace(state, images, np.zeros(len(images), np.int32), indices, indices)
+        traced = jax.jit(whole).trace(state, (images, np.zeros(len(images), np.int32)), indices, indices)
         count = traced.lower(lowering_platforms=("cuda",)).cost_analysis()
         return {name: count[name] for name in ("flops", "bytes accessed")}
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from contenders import CHANNELS, MATMUL, SIDE, Contender, T, memory_of_process, timed
-from machine import keep_freed_memory
 from torch.utils.flop_counter import FlopCounterMode
+
+from support.machine import keep_freed_memory
 
 
 def original(options: dict, tuned: bool = True, mode: str | None = None, autocast: bool = False) -> Contender:

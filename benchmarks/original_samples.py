@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
-from machine import keep_freed_memory
-
-from diffusion_jax.data import load_dataset
+from support.data import load_dataset
+from support.machine import keep_freed_memory
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 python experiments/coins.py
 """
 
-import terminal  # isort: skip  # noqa: F401
+import support.terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import sys
@@ -11,14 +11,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import vectors
-from command_line import one_line_errors, parse_command_line
-from figures import save_coins_figure
 from jaxtyping import Array, Float, Key
-from machine import prepare_machine
-from workdir import one_line_if_unwritable
 
 import diffusion_jax as dj
+from support import vectors
+from support.command_line import one_line_errors, parse_command_line
+from support.figures import save_coins_figure
+from support.machine import prepare_machine
+from support.workdir import one_line_if_unwritable
 
 COINS, HEADS = 48, 36
 NUM_TIMESTEPS = 100

@@ -3,7 +3,7 @@
 python experiments/compare_samplers.py --workdir runs/mnist --calls 5 10 20 50
 """
 
-import terminal  # isort: skip  # noqa: F401
+import support.terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import json
@@ -12,20 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import mnist
 import numpy as np
-from command_line import check_values, one_line_errors, parse_command_line, require
-from feature_spaces import feature_spaces
-from figures import save_curves
-from judge import to_bytes
-from machine import prepare_machine, random_key
-from saved_run import draw_all, restored, run_config, solver_table
-from workdir import one_line_if_unwritable
 
 import diffusion_jax as dj
-from diffusion_jax.data import load_dataset
-from diffusion_jax.evaluation import frechet_distance
 from diffusion_jax.sampling import Spacing
+from support import model
+from support.command_line import check_values, one_line_errors, parse_command_line, require
+from support.data import load_dataset
+from support.distances import frechet_distance
+from support.feature_spaces import feature_spaces
+from support.figures import save_curves
+from support.judging import to_bytes
+from support.machine import prepare_machine, random_key
+from support.saved_run import open_run, solver_table
+from support.workdir import one_line_if_unwritable
 
 SAMPLERS = {
     "ancestral, upper bound": partial(solver_table, "ancestral"),
@@ -67,24 +67,24 @@ def main() -> None:
         check_values(config)
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         require(bool(config.calls) or config.all_steps, "calls", "none", "one or more numbers, or --all-steps")
-        run = run_config(config.workdir)
+        run = open_run(config.workdir)
+        num_timesteps = run.config.num_timesteps
         for calls in config.calls:
-            require(1 <= calls <= run.num_timesteps, "calls", calls, f"between 1 and the run's {run.num_timesteps} timesteps")
-        schedule = mnist.make_schedule(run)
+            require(1 <= calls <= num_timesteps, "calls", calls, f"between 1 and the run's {num_timesteps} timesteps")
         tables = {
-            (name, calls): make(schedule, calls=calls, spacing=config.spacing)
+            (name, calls): make(run.schedule, calls=calls, spacing=config.spacing)
             for calls in config.calls
             for name, make in SAMPLERS.items()
         }
         if config.all_steps:
-            tables["ancestral, upper bound", run.num_timesteps] = dj.ancestral_table(schedule)
-        train, test = (load_dataset(run.dataset, config.data_dir, split) for split in ("train", "test"))
-        state = restored(run, config.workdir, config.checkpoint)
+            tables["ancestral, upper bound", num_timesteps] = dj.ancestral_table(run.schedule)
+        train, test = (load_dataset(run.config.dataset, config.data_dir, split) for split in ("train", "test"))
+        state = run.restore(config.checkpoint)
         describe, _ = feature_spaces(train, test)
 
     count = min(config.num_samples, len(train.images), len(test.images))
     chosen = np.random.default_rng(config.seed).permutation(len(train.images))[:count]
-    (real, _), labels = describe(train.images[chosen]), mnist.labels_in_turn(run, count)
+    (real, _), labels = describe(train.images[chosen]), model.labels_in_turn(run.config, count)
 
     def compared(images: np.ndarray) -> dict[str, float]:
         return {space: frechet_distance(real[space], features) for space, features in describe(images)[0].items()}
@@ -94,7 +94,7 @@ def main() -> None:
     print(f"{count} images, Frechet distances\n\n| sampler | calls | {' | '.join(floors)} |\n{'|---' * (2 + len(floors))}|")
     print(as_row("test images", "", floors))
     for (name, _), table in tables.items():
-        distances = compared(to_bytes(draw_all(run, schedule, state, table, random_key(config.seed), labels)))
+        distances = compared(to_bytes(run.draw(state.ema_params, table, random_key(config.seed), labels)))
         for space, distance in distances.items():
             curves[space].setdefault(name, {})[len(table.t)] = distance
         print(as_row(name, len(table.t), distances), flush=True)

@@ -5,7 +5,7 @@ python experiments/edit.py --what interpolate      # from one image to another, 
 python experiments/edit.py --what image-to-image   # the image, and what becomes of it after more and more noise
 """
 
-import terminal  # isort: skip  # noqa: F401
+import support.terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import sys
@@ -15,17 +15,17 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import mnist
 import numpy as np
-from command_line import check_output, check_values, one_line_errors, parse_command_line, require
-from figures import save_rows
 from jaxtyping import Array, Float, PyTree
-from machine import prepare_machine, random_key
-from saved_run import Sampler, restored, run_config, solver_table
 
 import diffusion_jax as dj
-from diffusion_jax.data import load_dataset, to_model_input
 from diffusion_jax.sampling import Spacing
+from support import model
+from support.command_line import check_output, check_values, one_line_errors, parse_command_line, require
+from support.data import load_dataset, to_model_input
+from support.figures import save_rows
+from support.machine import prepare_machine, random_key
+from support.saved_run import Sampler, SavedRun, open_run, solver_table
 
 ROUNDS, WAYS = 4, 4
 SHARES = np.linspace(0, 1, 9)
@@ -67,36 +67,36 @@ def main() -> None:
         out = Path(config.out or f"{config.what}.png")
         check_values(config)
         check_output(out, ".png")
-        run = run_config(config.workdir)
-        schedule = mnist.make_schedule(run)
-        steps = min(100, run.num_timesteps) if config.sampling_timesteps is None else config.sampling_timesteps
+        run = open_run(config.workdir)
+        schedule, num_timesteps = run.schedule, run.config.num_timesteps
+        steps = min(100, num_timesteps) if config.sampling_timesteps is None else config.sampling_timesteps
         sampler = config.sampler or ("ddim" if config.what == "interpolate" else "ancestral")
         allowed = SAMPLERS_FOR.get(config.what, get_args(Sampler))
         require(sampler in allowed, "sampler", sampler, f"{' or '.join(allowed)} with --what {config.what}")
         table = solver_table(sampler, schedule, steps, config.spacing)
-        enough = config.what != "image-to-image" or table.t.min() <= round(NOISE[0] * run.num_timesteps)
+        enough = config.what != "image-to-image" or table.t.min() <= round(NOISE[0] * num_timesteps)
         require(enough, "sampling_timesteps", steps, "more for image-to-image, which begins a fifth of the way up")
-        images = load_dataset(run.dataset, config.data_dir, "test").images[: config.num_images + 1]
-        state = restored(run, config.workdir, config.checkpoint)
+        images = load_dataset(run.config.dataset, config.data_dir, "test").images[: config.num_images + 1]
+        params = run.restore(config.checkpoint).ema_params
 
     x_0, key = to_model_input(jnp.asarray(images)), random_key(config.seed)
     edit = {"inpaint": inpaint, "interpolate": interpolate, "image-to-image": image_to_image}[config.what]
-    columns = edit(make_draw(run, schedule, state.ema_params, key), schedule, table, x_0, key)
+    columns = edit(make_draw(run, params, key), schedule, table, x_0, key)
     with one_line_errors():
         save_rows(out, [np.asarray(column)[: config.num_images] for column in columns])
     print(f"wrote {out}", file=sys.stderr)
 
 
-def make_draw(run: mnist.Config, schedule: dj.NoiseSchedule, params: PyTree, key: Array) -> Callable:
+def make_draw(run: SavedRun, params: PyTree, key: Array) -> Callable:
     """draw(table, count, start=None, known=0, given=False) -> images, from noise or from `start`, and `known` where `given`."""
 
     @jax.jit
     def compiled(params, table, keys, start, known, given):
-        denoise = dj.inpainting(mnist.make_denoiser(run, schedule, params), known, given)
-        return dj.sample(denoise, table, keys, mnist.IMAGE_SHAPE, start)
+        denoise = dj.inpainting(model.make_denoiser(run.config, run.schedule, params), known, given)
+        return dj.sample(denoise, table, keys, model.IMAGE_SHAPE, start)
 
     def draw(table: dj.SamplerTable, count: int, start: Array | None = None, known: Any = 0.0, given: Any = False) -> Array:
-        table = dj.padded(table, ROUNDS * run.num_timesteps)
+        table = dj.padded(table, ROUNDS * run.config.num_timesteps)
         return compiled(params, table, dj.example_keys(key, jnp.arange(count)), start, known, given)
 
     return draw

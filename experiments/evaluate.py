@@ -3,7 +3,7 @@
 python experiments/evaluate.py --workdir runs/mnist
 """
 
-import terminal  # isort: skip  # noqa: F401
+import support.terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import json
@@ -14,21 +14,21 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import mnist
 import numpy as np
-from command_line import check_values, one_line_errors, parse_command_line, require
-from feature_spaces import feature_spaces
-from figures import save_bound_figure
-from jaxtyping import Float
-from judge import as_table, judge
-from machine import prepare_machine, random_key
-from saved_run import Sampler, check_guidance, draw_all, restored, run_config, sampler_table
+from jaxtyping import Float, PyTree
 from tqdm import tqdm
-from workdir import one_line_if_unwritable
 
 import diffusion_jax as dj
-from diffusion_jax.data import ImageData, load_dataset, to_model_input
 from diffusion_jax.sampling import Spacing
+from support import model
+from support.command_line import check_values, one_line_errors, parse_command_line, require
+from support.data import ImageData, load_dataset, to_model_input
+from support.feature_spaces import feature_spaces
+from support.figures import save_bound_figure
+from support.judging import as_table, judge
+from support.machine import prepare_machine, random_key
+from support.saved_run import Sampler, SavedRun, check_guidance, open_run, sampler_table
+from support.workdir import one_line_if_unwritable
 
 FLOW_STEPS, FLOW_BATCH, CONVERGED = (32, 64, 128, 256, 512), 50, 0.01  # bits per dimension
 
@@ -67,66 +67,62 @@ def main() -> None:
         config = parse_command_line(Config(), __doc__)
         check_values(config)
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
-        run = run_config(config.workdir)
+        run = open_run(config.workdir)
         check_guidance(run, config.guidance_scale)
-        schedule = mnist.make_schedule(run)
         if config.sampling_timesteps is None:
-            config = dataclasses.replace(config, sampling_timesteps=min(50, run.num_timesteps))
-        table = sampler_table(config, run, schedule)
-        train, test = (load_dataset(run.dataset, config.data_dir, split) for split in ("train", "test"))
-        state = restored(run, config.workdir, config.checkpoint)
+            config = dataclasses.replace(config, sampling_timesteps=min(50, run.config.num_timesteps))
+        table = sampler_table(config, run)
+        train, test = (load_dataset(run.config.dataset, config.data_dir, split) for split in ("train", "test"))
+        state = run.restore(config.checkpoint)
         count = min(config.num_samples, len(test.images), len(train.images))
         describe, accuracy = feature_spaces(train, test)
 
-    labels = mnist.labels_in_turn(run, count)
-    samples = draw_all(run, schedule, state, table, random_key(config.seed), labels, config.guidance_scale)
+    labels = model.labels_in_turn(run.config, count)
+    samples = run.draw(state.ema_params, table, random_key(config.seed), labels, config.guidance_scale)
     results = {
         "step": int(state.step), "calls": len(table.t), "sampler": config.sampler, "eta": config.eta, "seed": config.seed,
         "guidance_scale": config.guidance_scale, "classifier_accuracy": accuracy,
-        **judge(samples, train, test, describe, config.seed, labels if run.conditional else None),
+        **judge(samples, train, test, describe, config.seed, labels if run.config.conditional else None),
     }  # fmt: skip
     bits = None
     if config.bound_images:
-        bits, results["bits_per_dim_error"] = bound(config, run, schedule, state, test)
+        bits, results["bits_per_dim_error"] = bound(config, run, state.ema_params, test)
         results["bits_per_dim"] = float(bits.sum())
     with one_line_if_unwritable(Path(config.workdir)):
         (Path(config.workdir) / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
         if bits is not None:
             save_bound_figure(Path(config.workdir) / "bound.png", bits)
     if config.likelihood_images:
-        results |= exact_likelihood(config, run, schedule, state, test)
+        results |= exact_likelihood(config, run, state.ema_params, test)
         with one_line_if_unwritable(Path(config.workdir)):
             (Path(config.workdir) / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     print(as_table(results))
     print(f"wrote {config.workdir}/evaluation.json", file=sys.stderr)
 
 
-def bound(
-    config: Config, run: mnist.Config, schedule: dj.NoiseSchedule, state: dj.TrainState, data: ImageData
-) -> tuple[Float[np.ndarray, " T+1"], float]:
+def bound(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> tuple[Float[np.ndarray, " T+1"], float]:
     """The terms of the variational bound, L_0, ..., L_{T-1} and L_T, and the standard error of their sum, by images drawn at
     random for each of them; in bits per dimension of a 28x28 image. Of a conditional run, given the class."""
-    sigma_type = "lower_bound" if run.sigma_type == "zero" else run.sigma_type
+    options, schedule = run.config, run.schedule
+    sigma_type = "lower_bound" if options.sigma_type == "zero" else options.sigma_type
     key = random_key(config.seed)
 
     @jax.jit
     def term(params, images, labels, t, key):
-        x_0, denoise = to_model_input(images), mnist.make_denoiser(run, schedule, params, labels)
+        x_0, denoise = to_model_input(images), model.make_denoiser(options, schedule, params, labels)
         eps = jax.random.normal(key, x_0.shape, x_0.dtype)
         return dj.bound_bits(schedule, denoise, x_0, jnp.full(len(x_0), t), eps, sigma_type)
 
     rng, terms = np.random.default_rng(config.seed), []
-    for t in tqdm(range(1, run.num_timesteps + 1), "bound", unit="t"):
+    for t in tqdm(range(1, schedule.num_timesteps + 1), "bound", unit="t"):
         chosen = rng.integers(len(data.images), size=config.bound_images * (10 if t <= 10 else 1))
-        terms.append(term(state.ema_params, data.images[chosen], data.labels[chosen], t, jax.random.fold_in(key, t)))
+        terms.append(term(params, data.images[chosen], data.labels[chosen], t, jax.random.fold_in(key, t)))
     prior = dj.prior_bits(schedule, to_model_input(jnp.asarray(data.images[:1000])))
     terms = [np.asarray(bits, np.float64) / data.images[0].size for bits in (*terms, prior)]
     return np.array([bits.mean() for bits in terms]), float(np.sqrt(sum(bits.var(ddof=1) / len(bits) for bits in terms)))
 
 
-def exact_likelihood(
-    config: Config, run: mnist.Config, schedule: dj.NoiseSchedule, state: dj.TrainState, data: ImageData
-) -> dict[str, Any]:
+def exact_likelihood(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> dict[str, Any]:
     """Bits per dimension of a 28x28 image by the probability flow, at more and more steps until two numbers of them agree.
 
     Without two that agree to within CONVERGED, flow_bits_per_dim is None and a line says so. Given the class in a conditional
@@ -137,14 +133,14 @@ def exact_likelihood(
 
     @partial(jax.jit, static_argnames="num_steps")
     def bits(params, images, labels, keys, num_steps):
-        predict = mnist.apply_to(run, schedule, params, labels)
-        denoise = dj.make_denoiser(schedule, predict, run.target_type)  # a clipped x_0_hat has no density
-        return dj.flow_bits(schedule, denoise, to_model_input(images), keys, num_steps, probes=1)
+        predict = model.apply_to(run.config, run.schedule, params, labels)
+        denoise = dj.make_denoiser(run.schedule, predict, run.config.target_type)  # a clipped x_0_hat has no density
+        return dj.flow_bits(run.schedule, denoise, to_model_input(images), keys, num_steps, probes=1)
 
     curve: dict[int, float] = {}
     for num_steps in tqdm(FLOW_STEPS, "likelihood", unit="curve point"):
         batches = [slice(first, first + FLOW_BATCH) for first in range(0, len(images), FLOW_BATCH)]
-        each = [bits(state.ema_params, images[b], labels[b], keys[b], num_steps) for b in batches]
+        each = [bits(params, images[b], labels[b], keys[b], num_steps) for b in batches]
         curve[num_steps] = float(np.concatenate(each).mean() / images[0].size)
         if num_steps > FLOW_STEPS[0] and abs(curve[num_steps] - curve[num_steps // 2]) < CONVERGED:
             return {"flow_bits_curve": curve, "flow_bits_per_dim": curve[num_steps]}

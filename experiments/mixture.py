@@ -5,7 +5,7 @@ The network is told the log-SNR and not t, so it samples along rectified flow as
 python experiments/mixture.py
 """
 
-import terminal  # isort: skip  # noqa: F401
+import support.terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import sys
@@ -14,16 +14,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import vectors
-from command_line import one_line_errors, parse_command_line
-from figures import save_mixture_figure, save_paths_figure, save_score_figure
 from jaxtyping import Array, Float, Key
-from machine import prepare_machine
-from workdir import one_line_if_unwritable
 
 import diffusion_jax as dj
 from diffusion_jax.diffusion import edm_target
 from diffusion_jax.sampling import strided_timesteps
+from support import vectors
+from support.command_line import one_line_errors, parse_command_line
+from support.figures import save_mixture_figure, save_paths_figure, save_score_figure
+from support.machine import prepare_machine
+from support.workdir import one_line_if_unwritable
 
 NUM_TIMESTEPS = 10
 FAST_TIMESTEPS = 3

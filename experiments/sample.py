@@ -3,21 +3,21 @@
 python experiments/sample.py --sampling-timesteps 50 --out samples.png
 """
 
-import terminal  # isort: skip  # noqa: F401
+import support.terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import sys
 from pathlib import Path
 from typing import Literal
 
-import mnist
 import numpy as np
-from command_line import check_output, check_values, one_line_errors, parse_command_line, require
-from figures import grid, save_picture
-from machine import prepare_machine, random_key
-from saved_run import Sampler, check_guidance, draw_all, restored, run_config, sampler_table
 
 from diffusion_jax.sampling import Spacing
+from support import model
+from support.command_line import check_output, check_values, one_line_errors, parse_command_line, require
+from support.figures import grid, save_picture
+from support.machine import prepare_machine, random_key
+from support.saved_run import Sampler, check_guidance, open_run, sampler_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +54,25 @@ def main() -> None:
         count = (len(config.labels) or 64) if config.num_samples is None else config.num_samples
         check_values(config)
         for label in config.labels:
-            require(0 <= label < mnist.NUM_CLASSES, "labels", label, f"between 0 and {mnist.NUM_CLASSES - 1}")
+            require(0 <= label < model.NUM_CLASSES, "labels", label, f"between 0 and {model.NUM_CLASSES - 1}")
         check_output(out, ".png", ".npy")
-        run = run_config(config.workdir)
+        run = open_run(config.workdir)
         check_guidance(run, config.guidance_scale)
-        require(run.conditional or not config.labels, "labels", config.labels, "left out unless the run is --conditional")
-        schedule = mnist.make_schedule(run)
-        table = sampler_table(config, run, schedule)
-        state = restored(run, config.workdir, config.checkpoint)
+        require(
+            run.config.conditional or not config.labels, "labels", config.labels, "left out unless the run is --conditional"
+        )
+        table = sampler_table(config, run)
+        state = run.restore(config.checkpoint)
 
-    labels = np.resize(config.labels, count) if config.labels else mnist.labels_in_turn(run, count)
-    samples = draw_all(run, schedule, state, table, random_key(config.seed), labels, config.guidance_scale)
+    labels = np.resize(config.labels, count) if config.labels else model.labels_in_turn(run.config, count)
+    samples = run.draw(state.ema_params, table, random_key(config.seed), labels, config.guidance_scale)
     with one_line_errors():
         if out.suffix.lower() == ".png":
             save_picture(out, grid(samples))
         else:
             with out.open("wb") as file:  # np.save adds .npy to the name x.NPY
                 np.save(file, samples)
-    print(f"wrote {out}: {len(samples)} samples at step {int(state.step)} of {run.iterations}", file=sys.stderr)
+    print(f"wrote {out}: {len(samples)} samples at step {int(state.step)} of {run.config.iterations}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 python experiments/schedules.py --out schedules.png
 """
 
-import terminal  # isort: skip  # noqa: F401
+import support.terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import sys
 from pathlib import Path
 
-from command_line import check_output, check_values, one_line_errors, parse_command_line
-from figures import save_schedules_figure
-from mnist import SCHEDULES
+from support.command_line import check_output, check_values, one_line_errors, parse_command_line
+from support.figures import save_schedules_figure
+from support.model import SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,11 +66,12 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], object]) -> None
 
 
 def final_state(workdir: Path) -> dj.TrainState:
-    import mnist
+    from support import model
+    from support.config import Config
 
-    config = mnist.Config(**json.loads((workdir / "config.json").read_text()))
+    config = Config(**json.loads((workdir / "config.json").read_text()))
     with open_checkpoints(workdir / "checkpoints") as checkpoints:
-        return restore_latest(checkpoints, mnist.initial_state(config, jax.random.key(0)))
+        return restore_latest(checkpoints, model.initial_state(config, jax.random.key(0)))
 
 
 def assert_same_run(one: Path, other: Path) -> None:

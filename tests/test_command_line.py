@@ -4,18 +4,19 @@ import dataclasses
 import re
 import sys
 
+import numpy as np
+import pytest
+from PIL import Image
+from runs import TINY
+
 import edit
 import folder
 import judge
-import mnist
-import numpy as np
-import pytest
 import sample
 import schedules
-import vectors
-from command_line import parse_command_line
-from PIL import Image
-from runs import TINY
+from support import vectors
+from support.command_line import parse_command_line
+from support.config import PRESETS, Config
 
 
 def fails(capsys, monkeypatch, script, *args) -> str:
@@ -181,12 +182,12 @@ def test_mixture_refuses_in_one_line(capsys, monkeypatch, tmp_path, args):
 
 def test_both_spellings_of_a_flag_are_the_same():
     for flag in ("--batch-size", "--batch_size"):
-        small = mnist.PRESETS["small"]
+        small = PRESETS["small"]
         assert parse_command_line(small, "", [flag, "64"]) == dataclasses.replace(small, batch_size=64)
 
 
 def test_the_paper_preset_is_the_published_recipe():
-    paper = mnist.PRESETS["paper"]
+    paper = PRESETS["paper"]
     published = {
         "embed_dim": 128, "dim_scales": (1, 2, 4, 8), "num_timesteps": 500, "noise_schedule_type": "cosine",
         "target_type": "pred_x_0", "sigma_type": "upper_bound", "loss_type": "l2", "batch_size": 512, "iterations": 2000,
@@ -225,7 +226,7 @@ def test_a_run_with_another_number_of_steps_is_told_why_and_what_to_do(capsys, m
 
 def test_a_path_may_begin_in_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    configs = {mnist.PRESETS["small"]: ("workdir", "data_dir"), vectors.Config(): ("workdir",)}
+    configs = {PRESETS["small"]: ("workdir", "data_dir"), vectors.Config(): ("workdir",)}
     configs |= {folder.Config("x"): ("folder", "workdir"), judge.Config("x"): ("samples", "data_dir")}
     configs |= {sample.Config(): ("workdir", "out"), schedules.Config(): ("out",), edit.Config(): ("out",)}
     for config, names in configs.items():
@@ -242,7 +243,7 @@ def test_an_ending_may_be_in_capitals(monkeypatch, tmp_path):
 
 def test_help_of_mnist_is_in_groups(capsys):
     with pytest.raises(SystemExit):
-        parse_command_line(mnist.Config(), "", ["--help"])
+        parse_command_line(Config(), "", ["--help"])
     _, *parts = re.split(r"(\w+) options\b", capsys.readouterr().out)
     groups = dict(zip(parts[::2], parts[1::2], strict=True))
     assert list(groups) == ["run", "data", "network", "diffusion", "training", "output"]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import data
+from support import batches, data
 
 SIZES = {"train": 30, "t10k": 10}
 
@@ -236,14 +236,14 @@ def test_images_are_padded_and_scaled(variant):
 
 
 def test_each_epoch_is_a_fresh_permutation():
-    indices = np.concatenate([data.batch_indices(0, step, 4, 10) for step in range(5)])
+    indices = np.concatenate([batches.batch_indices(0, step, 4, 10) for step in range(5)])
     first, second = indices[:10], indices[10:]
     assert sorted(first) == sorted(second) == list(range(10))
     assert not np.array_equal(first, second)
-    np.testing.assert_array_equal(data.batch_indices(0, 3, 4, 10), indices[12:16])
-    assert not np.array_equal(np.concatenate([data.batch_indices(1, step, 4, 10) for step in range(5)]), indices)
+    np.testing.assert_array_equal(batches.batch_indices(0, 3, 4, 10), indices[12:16])
+    assert not np.array_equal(np.concatenate([batches.batch_indices(1, step, 4, 10) for step in range(5)]), indices)
 
 
 def test_a_batch_may_be_larger_than_the_data():
-    counts = np.bincount(data.batch_indices(0, 0, 25, 10), minlength=10)
+    counts = np.bincount(batches.batch_indices(0, 0, 25, 10), minlength=10)
     assert set(counts) == {2, 3}

@@ -8,15 +8,15 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
-import loop
 import numpy as np
 import pytest
-from coins import draw_coins
-from mixture import draw_mixture
-from processes import join_processes
 from runs import EXPERIMENTS, TINY, assert_same_run, final_state, finish, run, start, wait_for
 
 import diffusion_jax as dj
+from coins import draw_coins
+from mixture import draw_mixture
+from support import loop
+from support.processes import join_processes
 
 SCRIPTS = sorted(file.name for file in EXPERIMENTS.glob("*.py") if "__main__" in file.read_text() and file.stem != "terminal")
 

@@ -8,7 +8,6 @@ import struct
 import sys
 
 import jax
-import mnist
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +15,9 @@ from runs import TINY, final_state, finish, run, start
 from tensorboardX.proto.event_pb2 import Event
 
 from diffusion_jax.checkpoints import open_checkpoints
-from diffusion_jax.data import load_dataset
+from support import model
+from support.config import Config
+from support.data import load_dataset
 
 
 def test_mnist_leaves_a_whole_run(trained):
@@ -94,8 +95,8 @@ def test_a_conditional_run_draws_the_classes_that_are_asked_for(conditional, tmp
 
 
 def test_a_conditional_run_learns_of_no_class_too(conditional):
-    config = mnist.Config(**json.loads((conditional / "config.json").read_text()))
-    first = mnist.initial_state(config, jax.random.split(jax.random.key(config.seed), 3)[0]).params
+    config = Config(**json.loads((conditional / "config.json").read_text()))
+    first = model.initial_state(config, jax.random.split(jax.random.key(config.seed), 3)[0]).params
     learned = np.abs(final_state(conditional).params["label"]["embedding"] - first["label"]["embedding"]).max(1)
     assert learned.shape == (11,)
     assert learned[10] > 0  # 64 images, of which a tenth is seen without its class

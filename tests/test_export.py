@@ -6,21 +6,23 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import mnist
 import pytest
-from classifier import Classifier
 from jax import export
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import diffusion_jax as dj
+from support import model
+from support.batches import training_step
+from support.classifier import Classifier
+from support.config import PRESETS
 
-CONFIG = dataclasses.replace(mnist.PRESETS["paper"], embed_dim=8, dim_scales=(1,), batch_size=8, num_timesteps=10)
+CONFIG = dataclasses.replace(PRESETS["paper"], embed_dim=8, dim_scales=(1,), batch_size=8, num_timesteps=10)
 BLOCKS = 2 + 2 + 2 + 1  # two each way, in the middle, and the last
 NORMALIZATIONS = 2 * BLOCKS + 2
 CONVOLUTIONS = 2 * BLOCKS
 SCHEDULE = dj.cosine_schedule(CONFIG.num_timesteps)
-STATE = mnist.initial_state(CONFIG, jax.random.key(0))
+STATE = model.initial_state(CONFIG, jax.random.key(0))
 PROGRAMS_OF_SHARDING = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 ON_EACH = pytest.mark.parametrize("platform", ["cuda", "tpu"])
 IN_EACH = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -45,11 +47,12 @@ def assert_made_for_accelerators(program: str, custom_calls: tuple[str, ...] = (
 
 def step_and_operands(config):
     """The training step of a state's leaves, since JAX's export puts things into a state that the tests' type checks refuse."""
-    step = mnist.training_step(config, SCHEDULE, jax.random.key(0))
-    leaves, structure = jax.tree.flatten(STATE if config.network == "unet" else mnist.initial_state(config, jax.random.key(0)))
+    step = training_step(model.make_loss(config, SCHEDULE), jax.random.key(0), 8, 0.0)
+    leaves, structure = jax.tree.flatten(STATE if config.network == "unet" else model.initial_state(config, jax.random.key(0)))
 
     def step_of_leaves(leaves, *batch, mean_over_devices):
-        return jax.tree.leaves(step(jax.tree.unflatten(structure, leaves), *batch, mean_over_devices=mean_over_devices))
+        state, (images, labels, *which) = jax.tree.unflatten(structure, leaves), batch
+        return jax.tree.leaves(step(state, (images, labels), *which, mean_over_devices=mean_over_devices))
 
     images, labels = jax.ShapeDtypeStruct((100, 28, 28, 1), jnp.uint8), jax.ShapeDtypeStruct((100,), jnp.int32)
     indices = jax.ShapeDtypeStruct((8,), jnp.int32)
@@ -103,8 +106,8 @@ def test_sampling(platform, precision, sample):
     table = dj.ancestral_table(SCHEDULE)
 
     def draw(params, examples):
-        denoise = mnist.make_denoiser(config, SCHEDULE, params)
-        return sample(denoise, table, dj.example_keys(jax.random.key(0), examples), mnist.IMAGE_SHAPE)
+        denoise = model.make_denoiser(config, SCHEDULE, params)
+        return sample(denoise, table, dj.example_keys(jax.random.key(0), examples), model.IMAGE_SHAPE)
 
     program = lowered(draw, platform, STATE.params, jax.ShapeDtypeStruct((8,), jnp.int32))
     assert_made_for_accelerators(program)
@@ -119,7 +122,7 @@ def test_evaluation(platform):
     assert_made_for_accelerators(lowered(Classifier().apply, platform, params, images))
 
     def bits(params, x_0, t, eps):
-        return dj.bound_bits(SCHEDULE, mnist.make_denoiser(CONFIG, SCHEDULE, params), x_0, t, eps)
+        return dj.bound_bits(SCHEDULE, model.make_denoiser(CONFIG, SCHEDULE, params), x_0, t, eps)
 
     x_0, t = jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
     assert_made_for_accelerators(lowered(bits, platform, STATE.params, x_0, t, x_0))

@@ -16,8 +16,9 @@ import chex
 import numpy as np
 import pytest
 import tensorstore
-from loop import keep_failed_saves_quiet, stop_requests
 from runs import EXPERIMENTS, TINY, assert_same_run, final_state, finish, run, start, wait_for
+
+from support.loop import keep_failed_saves_quiet, stop_requests
 
 LONG = [*TINY, "--iterations", "400", "--checkpoint-every", "5", "--sample-every", "0"]
 
@@ -176,7 +177,8 @@ def test_what_orbax_and_tfds_log_is_silent_only_where_it_is_told_otherwise(tmp_p
     code = """
 import mixture
 from absl import logging
-from diffusion_jax import checkpoints, data
+from diffusion_jax import checkpoints
+from support import data
 
 def full(folder):
     logging.warning("New in a save")

@@ -10,15 +10,15 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import jaxtyping
-import mnist
 import numpy as np
 import pytest
 from runs import TINY
-from workdir import open_workdir
 
 import diffusion_jax as dj
-from diffusion_jax import data
 from diffusion_jax.sampling import strided_timesteps
+from support import batches, data, model
+from support.config import MAY_DIFFER, Config
+from support.workdir import open_workdir
 
 SCHEDULE = dj.cosine_schedule(10)
 X = jnp.ones((4, 2))
@@ -84,8 +84,8 @@ WRONG = {
     "an eta that is no number": (lambda: dj.ddim_table(SCHEDULE, np.nan), r"eta must be between 0 and 1, got nan"),
     "a table cut short": (lambda: dj.padded(dj.ddim_table(SCHEDULE), 3), r"num_steps must be at least the table's 10"),
     "no devices": (lambda: dj.over_devices(same, (0, 0), 0, []), r"at least one device"),
-    "no examples": (lambda: data.batch_indices(0, 0, 4, 0), r"at least 1 example to choose from, got 0"),
-    "a step before the first": (lambda: data.batch_indices(0, -1, 4, 10), r"non-negative|negative"),
+    "no examples": (lambda: batches.batch_indices(0, 0, 4, 0), r"at least 1 example to choose from, got 0"),
+    "a step before the first": (lambda: batches.batch_indices(0, -1, 4, 10), r"non-negative|negative"),
     "images that are scaled already": (lambda: data.to_model_input(jnp.zeros((1, 28, 28, 1))), r"uint8, .* got float32"),
     "an unknown data set": (lambda: data.load_dataset("cifar10"), r"must be one of .*'cifar10'"),
     "no optimizer steps": (lambda: dj.adam_with_cosine_decay(1e-3, 0), r"positive"),
@@ -194,7 +194,7 @@ def main(monkeypatch, capsys, script, *args) -> str:
     module = __import__(script)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
     monkeypatch.setattr(module, "prepare_machine", lambda: None)
-    monkeypatch.setattr(mnist, "initial_state", stop_here)
+    monkeypatch.setattr(model, "initial_state", stop_here)
     with pytest.raises(SystemExit) as stop:
         module.main()
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
@@ -242,7 +242,7 @@ def test_a_run_of_another_kind_is_refused(monkeypatch, capsys, trained, tmp_path
     assert str(tmp_path) in line
     assert "well-formed" not in line
     with pytest.raises(ValueError, match=str(tmp_path)):
-        open_workdir(mnist.Config(**{**config, "workdir": str(tmp_path)}), mnist.MAY_DIFFER)
+        open_workdir(Config(**{**config, "workdir": str(tmp_path)}), MAY_DIFFER)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 

@@ -10,6 +10,8 @@ import pytest
 import diffusion_jax
 
 PACKAGE = Path(diffusion_jax.__file__).parent
+EXPERIMENTS = PACKAGE.parent / "experiments"
+SCRIPTS = {script.stem for script in EXPERIMENTS.glob("*.py")}
 CORE = ("schedules", "diffusion", "sampling", "unet", "mlp")
 METHOD = (*CORE, "losses", "solvers")
 
@@ -33,9 +35,22 @@ def test_the_mathematics_knows_no_network_optimizer_checkpoint_or_data_set(modul
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
 def test_the_library_does_not_import_the_experiments(file):
-    scripts = {script.stem for script in (PACKAGE.parent / "experiments").glob("*.py")}
-    assert scripts
-    assert not imported_modules(file) & (scripts | {"experiments"})
+    assert not {name.split(".")[0] for name in imported_modules(file)} & {*SCRIPTS, "support", "experiments"}
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda file: file.name)
+def test_no_file_imports_a_script(file):
+    assert "mnist" in SCRIPTS
+    assert not imported_modules(file) & SCRIPTS
+
+
+def test_mnist_is_understood_with_at_most_120_lines_of_code():
+    assert lines_of_code(EXPERIMENTS / "mnist.py") <= 120
+
+
+@pytest.mark.parametrize("file", sorted([*PACKAGE.glob("*.py"), *EXPERIMENTS.rglob("*.py")]), ids=lambda file: file.name)
+def test_files_are_short(file):
+    assert len(file.read_text().splitlines()) <= 250
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)

@@ -6,17 +6,18 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
-import mixture
-import mnist
 import numpy as np
 import pytest
-import vectors
-from edit import SAMPLERS_FOR, interpolate
-from saved_run import Sampler, run_config, solver_table
 
 import diffusion_jax as dj
+import mixture
+from edit import SAMPLERS_FOR, interpolate
+from support import model, vectors
+from support.batches import training_step
+from support.config import Config, check
+from support.saved_run import Sampler, open_run, solver_table
 
-CONFIG = mnist.Config(embed_dim=4, dim_scales=(1,), batch_size=8, num_timesteps=12, iterations=8)
+CONFIG = Config(embed_dim=4, dim_scales=(1,), batch_size=8, num_timesteps=12, iterations=8)
 COMBINATIONS = [
     ("flow", "pred_u", "t", "logit_normal", True, "dit"),
     ("ve", "edm", "log_snr", "log_normal", False, "unet"),
@@ -34,18 +35,20 @@ def test_a_step_and_samples_on_every_path(path, target_type, time_input, density
         stratified=stratified,
         network=network,
     )
-    mnist.check(config)
-    schedule, state = mnist.make_schedule(config), mnist.initial_state(config, jax.random.key(0))
-    step = jax.jit(mnist.training_step(config, schedule, jax.random.key(1)), static_argnames="mean_over_devices")
+    check(config)
+    schedule, state = model.make_schedule(config), model.initial_state(config, jax.random.key(0))
+    step = jax.jit(
+        training_step(model.make_loss(config, schedule), jax.random.key(1), 8, 0.0), static_argnames="mean_over_devices"
+    )
     images, examples = jnp.full((8, 28, 28, 1), 200, jnp.uint8), jnp.arange(8, dtype=jnp.int32)
-    trained, metrics = step(state, images, examples, examples, examples, mean_over_devices=same)
+    trained, metrics = step(state, (images, examples), examples, examples, mean_over_devices=same)
     assert np.isfinite(metrics["loss"])
     assert 0.1 < metrics["loss"] < 10  # the network begins at 0, and every target has about unit variance
 
     @jax.jit
     def draw(params, table):
-        denoise = mnist.make_denoiser(config, schedule, params)
-        return dj.sample(denoise, table, jax.random.split(jax.random.key(2)), mnist.IMAGE_SHAPE)
+        denoise = model.make_denoiser(config, schedule, params)
+        return dj.sample(denoise, table, jax.random.split(jax.random.key(2)), model.IMAGE_SHAPE)
 
     for sampler in get_args(Sampler):
         for spacing in ("time", "log_snr"):
@@ -58,17 +61,31 @@ def same(tree):
     return tree
 
 
-def test_stratified_times_are_spread_evenly_and_the_others_are_not():
-    keys, examples = jax.random.split(jax.random.key(0), 400), jnp.arange(400)
-    spread, drawn = (
-        np.sort(
-            mnist.time_quantiles(jax.random.key(1), keys, examples, dataclasses.replace(CONFIG, batch_size=400, stratified=way))
-        )
-        for way in (True, False)
-    )
-    assert (spread.min() >= 0, spread.max() < 1) == (True, True)
-    np.testing.assert_allclose(np.diff(spread), 1 / 400, atol=1e-6)
-    assert np.diff(drawn).max() > 4 / 400
+def test_a_step_gives_the_loss_numbers_that_are_spread_evenly():
+    seen = []
+
+    def loss_fn(params, batch, keys):
+        seen.append(np.sort(batch[1]))
+        return params["w"] * batch[0]
+
+    state = dj.create_train_state(lambda: None, {"w": jnp.ones(())}, dj.adam_with_cosine_decay(1e-3, 8))
+    examples = jnp.arange(400)
+    for seed in range(3):
+        training_step(loss_fn, jax.random.key(seed), 400, 0.0)(state, jnp.ones(400), examples, examples, same)
+    for u in seen:
+        assert (u.min() >= 0, u.max() < 1) == (True, True)
+        np.testing.assert_allclose(np.diff(u), 1 / 400, atol=1e-6)
+    assert len({float(u[0]) for u in seen}) == 3
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+def test_times_depend_on_these_numbers_only_if_stratified(stratified):
+    config = dataclasses.replace(CONFIG, stratified=stratified, target_type="pred_v")  # a target that depends on t
+    loss_fn = model.make_loss(config, model.make_schedule(config))
+    params = model.initial_state(config, jax.random.key(0)).params
+    rows = jnp.full((8, 28, 28, 1), 200, jnp.uint8), jnp.arange(8, dtype=jnp.int32)
+    early, late = (loss_fn(params, (rows, jnp.full(8, u)), jax.random.split(jax.random.key(1), 8)) for u in (0.1, 0.9))
+    assert np.array_equal(early, late) != stratified
 
 
 def test_a_run_of_an_older_version_is_read_as_what_it_was(tmp_path):
@@ -76,10 +93,10 @@ def test_a_run_of_an_older_version_is_read_as_what_it_was(tmp_path):
     for name in ("time_input", "time_density", "stratified", "network", "depth", "patch_size"):
         del saved[name]
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert run_config(tmp_path) == CONFIG
+    assert open_run(tmp_path).config == CONFIG
     (tmp_path / "config.json").write_text(json.dumps({name: value for name, value in saved.items() if name != "seed"}))
     with pytest.raises(ValueError, match=r"config\.json differs in seed"):
-        run_config(tmp_path)
+        open_run(tmp_path)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS_FOR["interpolate"])

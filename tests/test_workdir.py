@@ -5,9 +5,10 @@ import fcntl
 import shutil
 
 import pytest
-import vectors
 from runs import TINY, run
-from workdir import append_rows, keep_rows, open_workdir
+
+from support import vectors
+from support.workdir import append_rows, keep_rows, open_workdir
 
 
 @pytest.mark.parametrize("torn", ["", "5,0.", "5", "5,0.1,0.2\n6,0.1,0.2\n", "5,0.1,0.2\n6"])

@@ -15,11 +15,12 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PyTree, UInt8
-from machine import random_key
 from tqdm import tqdm
 
-from diffusion_jax.data import ImageData, batch_indices
 from diffusion_jax.layers import Conv3x3, Dense
+from support.batches import batch_indices
+from support.data import ImageData
+from support.machine import random_key
 
 EPOCHS, BATCH, FEATURES = 4, 100, 64
 

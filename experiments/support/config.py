@@ -2,15 +2,18 @@
 
 import argparse
 import dataclasses
+import sys
 from typing import Literal
 
 import jax
-from command_line import check_values, require
 
-from diffusion_jax.data import DatasetName
 from diffusion_jax.diffusion import TargetType
 from diffusion_jax.losses import TimeDensity
 from diffusion_jax.sampling import SigmaType
+from diffusion_jax.training import check_divisible
+from support.command_line import check_values, parse_command_line, require
+from support.data import DatasetName
+from support.machine import warn_of_emulated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,16 @@ PRESETS = {
         **IMPROVED,
     ),
 }
+
+
+def parse_run(description: str | None) -> Config:
+    """The config that the command line asks for, checked. Raises ValueError on a value that no run can have."""
+    preset = choose_preset(sys.argv[1:])
+    config = dataclasses.replace(parse_command_line(PRESETS[preset], description), preset=preset)
+    check(config)
+    check_divisible(config.batch_size, jax.device_count())
+    warn_of_emulated(config.precision)
+    return config
 
 
 def choose_preset(args: list[str]) -> str:

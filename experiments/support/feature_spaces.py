@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import numpy as np
-from classifier import trained_classifier, untrained_classifier
 from jaxtyping import Float, Int, UInt8
 from sklearn.decomposition import PCA
 
-from diffusion_jax.data import ImageData
+from support.classifier import trained_classifier, untrained_classifier
+from support.data import ImageData
 
 COMPONENTS = 64
 Described = tuple[dict[str, Float[np.ndarray, "N d"]], Int[np.ndarray, " N"]]

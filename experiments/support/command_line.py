@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
-from machine import why_no_device
 
-from diffusion_jax.data import DataUnavailable
+from support.data import DataUnavailable
+from support.machine import why_no_device
 
 Config = TypeVar("Config")
 PATHS = ("workdir", "data_dir", "folder", "samples", "out")

@@ -33,5 +33,5 @@ def prepare_terminal() -> None:
 
 
 script = getattr(sys.modules["__main__"], "__file__", None)
-if script and Path(script).parent.resolve() == Path(__file__).parent.resolve():
+if script and Path(script).resolve().parent == Path(__file__).resolve().parents[1]:
     prepare_terminal()  # only where a script is run, not where a test or a notebook imports one

@@ -3,7 +3,7 @@ import scipy.linalg
 import scipy.spatial
 import scipy.stats
 
-from diffusion_jax import evaluation
+from support import distances
 
 RNG = np.random.default_rng(0)
 REAL, GENERATED = RNG.normal(size=(300, 5)), RNG.normal(size=(200, 5)) @ RNG.normal(size=(5, 5)) + 0.3
@@ -12,26 +12,26 @@ REAL, GENERATED = RNG.normal(size=(300, 5)), RNG.normal(size=(200, 5)) @ RNG.nor
 def test_the_frechet_distance_is_the_formula_by_scipy():
     c_1, c_2 = np.cov(REAL.T), np.cov(GENERATED.T)
     expected = np.sum((REAL.mean(0) - GENERATED.mean(0)) ** 2) + np.trace(c_1 + c_2 - 2 * scipy.linalg.sqrtm(c_1 @ c_2).real)
-    np.testing.assert_allclose(evaluation.frechet_distance(REAL, GENERATED), expected, rtol=1e-8)
+    np.testing.assert_allclose(distances.frechet_distance(REAL, GENERATED), expected, rtol=1e-8)
 
 
 def test_the_frechet_distance_of_a_shift_is_its_square_and_of_a_scale_that_of_the_deviations():
-    np.testing.assert_allclose(evaluation.frechet_distance(REAL, REAL + 2.0), 5 * 4.0, rtol=1e-9)
+    np.testing.assert_allclose(distances.frechet_distance(REAL, REAL + 2.0), 5 * 4.0, rtol=1e-9)
     deviations = np.sqrt(np.linalg.eigvalsh(np.cov(REAL.T)))
     np.testing.assert_allclose(
-        evaluation.frechet_distance(REAL, 3 * (REAL - REAL.mean(0)) + REAL.mean(0)), 4 * (deviations**2).sum()
+        distances.frechet_distance(REAL, 3 * (REAL - REAL.mean(0)) + REAL.mean(0)), 4 * (deviations**2).sum()
     )
-    np.testing.assert_allclose(evaluation.frechet_distance(REAL, REAL), 0, atol=1e-9)
+    np.testing.assert_allclose(distances.frechet_distance(REAL, REAL), 0, atol=1e-9)
 
 
 def test_features_that_are_constant_are_no_trouble():
     real, generated = (np.concatenate([x, np.ones((len(x), 2))], axis=1) for x in (REAL, GENERATED))
-    expected = evaluation.frechet_distance(REAL, GENERATED)
-    np.testing.assert_allclose(evaluation.frechet_distance(real, generated), expected, rtol=1e-6)
+    expected = distances.frechet_distance(REAL, GENERATED)
+    np.testing.assert_allclose(distances.frechet_distance(real, generated), expected, rtol=1e-6)
 
 
 def test_the_kernel_distance_is_its_definition(monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK", 64)
+    monkeypatch.setattr(distances, "BLOCK", 64)
     kernel = lambda x, y: (np.dot(x, y) / 5 + 1) ** 3  # noqa: E731
     mean = lambda values: np.mean(list(values))  # noqa: E731
     x, y = REAL[:70], GENERATED[:40]
@@ -40,11 +40,11 @@ def test_the_kernel_distance_is_its_definition(monkeypatch):
         + mean(kernel(y[i], y[j]) for i in range(40) for j in range(40) if i != j)
         - 2 * mean(kernel(a, b) for a in x for b in y)
     )
-    np.testing.assert_allclose(evaluation.kernel_distance(x, y), expected, rtol=1e-9)
+    np.testing.assert_allclose(distances.kernel_distance(x, y), expected, rtol=1e-9)
 
 
 def test_precision_and_recall_are_their_definition(monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK", 64)
+    monkeypatch.setattr(distances, "BLOCK", 64)
 
     def share(centres, points):
         tree = scipy.spatial.cKDTree(centres)
@@ -52,23 +52,23 @@ def test_precision_and_recall_are_their_definition(monkeypatch):
         return np.mean([any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii, strict=True)) for p in points])
 
     expected = share(REAL, GENERATED), share(GENERATED, REAL)
-    np.testing.assert_allclose(evaluation.precision_and_recall(REAL, GENERATED), expected)
-    assert evaluation.precision_and_recall(REAL, REAL) == (1.0, 1.0)
-    assert evaluation.precision_and_recall(REAL, REAL + 100) == (0.0, 0.0)
+    np.testing.assert_allclose(distances.precision_and_recall(REAL, GENERATED), expected)
+    assert distances.precision_and_recall(REAL, REAL) == (1.0, 1.0)
+    assert distances.precision_and_recall(REAL, REAL + 100) == (0.0, 0.0)
 
 
 def test_density_and_coverage_are_their_definition(monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK", 64)
+    monkeypatch.setattr(distances, "BLOCK", 64)
     radii = scipy.spatial.cKDTree(REAL).query(REAL, 6)[0][:, -1]
     within = scipy.spatial.distance.cdist(GENERATED, REAL) <= radii
-    density, coverage = evaluation.density_and_coverage(REAL, GENERATED)
+    density, coverage = distances.density_and_coverage(REAL, GENERATED)
     np.testing.assert_allclose(density, within.sum() / (5 * len(GENERATED)))
     np.testing.assert_allclose(coverage, within.any(0).mean())
-    assert evaluation.density_and_coverage(REAL, REAL + 100) == (0, 0)
-    assert evaluation.density_and_coverage(REAL, np.repeat(REAL[:1], 50, 0))[1] < 0.1  # samples that are all alike
+    assert distances.density_and_coverage(REAL, REAL + 100) == (0, 0)
+    assert distances.density_and_coverage(REAL, np.repeat(REAL[:1], 50, 0))[1] < 0.1  # samples that are all alike
 
 
 def test_the_nearest_are_those_of_a_tree(monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK", 64)
+    monkeypatch.setattr(distances, "BLOCK", 64)
     expected = scipy.spatial.cKDTree(GENERATED).query(REAL, 3)[0] ** 2
-    np.testing.assert_allclose(evaluation.nearest_squared_distances(REAL, GENERATED, 3), expected, rtol=1e-9)
+    np.testing.assert_allclose(distances.nearest_squared_distances(REAL, GENERATED, 3), expected, rtol=1e-9)

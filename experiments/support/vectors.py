@@ -7,14 +7,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from command_line import check_values
 from jaxtyping import Array, Float, Key
-from loop import train_in
-from machine import random_key
-from workdir import open_workdir
 
 import diffusion_jax as dj
 from diffusion_jax.diffusion import Target
+from support.command_line import check_values
+from support.loop import train_in
+from support.machine import random_key
+from support.workdir import open_workdir
 
 
 @dataclasses.dataclass(frozen=True)

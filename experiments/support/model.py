@@ -1,0 +1,130 @@
+"""What the options of a run mean: its schedule, network, training step, denoiser and sampler."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+import diffusion_jax as dj
+from diffusion_jax.diffusion import Denoise, Predict
+from diffusion_jax.losses import draw_times, time_density
+from support import batches
+from support.config import Config
+from support.data import ImageData, to_model_input
+
+IMAGE_SHAPE = (32, 32, 1)
+NUM_CLASSES = 10
+SCHEDULES = {
+    "linear": dj.linear_schedule,
+    "cosine": dj.cosine_schedule,
+    "flow": dj.flow_schedule,
+    "ve": dj.variance_exploding_schedule,
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def make_schedule(config: Config) -> dj.NoiseSchedule:
+    return SCHEDULES[config.noise_schedule_type](config.num_timesteps)
+
+
+def make_network(config: Config) -> dj.UNet | dj.DiT:
+    classes, learned = NUM_CLASSES if config.conditional else 0, config.sigma_type == "learned"
+    common: dict[str, Any] = {"dtype": DTYPES[config.precision], "num_classes": classes, "learned_variance": learned}
+    if config.network == "dit":
+        return dj.DiT(IMAGE_SHAPE[-1], config.embed_dim, config.depth, config.patch_size, **common)
+    return dj.UNet(IMAGE_SHAPE[-1], config.embed_dim, config.dim_scales, **common)
+
+
+def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
+    network = make_network(config)
+    params = jax.jit(network.init)(key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), jnp.ones(1, jnp.int32))["params"]
+    optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations, config.warmup)
+    return dj.create_train_state(network.apply, params, optimizer)
+
+
+def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
+    """loss_fn(params, ((images, labels), u), keys) -> the loss of each example. u determines t if the run is stratified."""
+    weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
+    losses = {
+        "hybrid": partial(dj.hybrid_loss, weight=weight),
+        **{name: partial(dj.diffusion_loss, loss_type=name, weight=weight) for name in ("l2", "l1")},
+    }
+    drawn_by_keys = config.time_density == "uniform" and not config.stratified
+    probabilities = time_density(schedule, config.time_density)
+
+    def loss_fn(params, batch, keys):
+        (images, labels), u = batch
+        x_0, share = to_model_input(images), jnp.float32(config.label_dropout)
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), share))(keys)
+        predict = apply_to(config, schedule, params, jnp.where(dropped, NUM_CLASSES, labels))
+        if config.loss_type == "bound":
+            return dj.bound_loss(schedule, predict, x_0, keys, config.target_type)
+        if not config.stratified:
+            u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 3), (), jnp.float32))(keys)
+        t = None if drawn_by_keys else draw_times(probabilities, u)
+        return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type, t=t)
+
+    return loss_fn
+
+
+def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: Key[Array, ""]) -> Callable:
+    """step(state, number) -> (state, metrics), on all devices; see `batches.make_step`."""
+    arrays = data.images, data.labels.astype(np.int32)
+    return batches.make_step(make_loss(config, schedule), arrays, key, config.seed, config.batch_size, config.ema_decay)
+
+
+def apply_to(config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None) -> Predict:
+    """The run's network as predict(x_t, t), for images of these labels, of which NUM_CLASSES or None is of no class; where the
+    run is not conditional they do not matter."""
+    labels = labels if config.conditional else None
+    network = lambda x_t, t: make_network(config).apply({"params": params}, x_t, t, labels)  # noqa: E731
+    return dj.normalized(schedule, network, config.time_input)
+
+
+def make_denoiser(
+    config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None = None, guidance_scale: float = 1.0
+) -> Denoise:
+    """The run's network as denoise(x_t, t), for images of these labels."""
+    predict = apply_to(config, schedule, params, labels)
+    if guidance_scale != 1:
+        predict = dj.guided(predict, apply_to(config, schedule, params, None), guidance_scale)
+    return dj.make_denoiser(schedule, predict, config.target_type, clip=1.0)
+
+
+def make_sampler(
+    config: Config, schedule: dj.NoiseSchedule, sample_fn: Callable = dj.sample, guidance_scale: float = 1.0
+) -> Callable:
+    """draw(params, table, key, labels, first=0) -> a sample in [-1, 1] for each label, numbered from `first` on, drawn on this
+    process's devices.
+
+    One program draws them whatever the sampler and its number of steps; with `sample_trajectory`, one for each number of steps.
+    """
+    devices, whole_path = jax.local_devices(), sample_fn is dj.sample_trajectory
+
+    def draw(params, table, key, examples, labels):
+        denoise = make_denoiser(config, schedule, params, labels, guidance_scale)
+        return sample_fn(denoise, table, dj.example_keys(key, examples), IMAGE_SHAPE)
+
+    axis = 1 if whole_path else 0
+    compiled = dj.over_devices(draw, (None, None, None, 0, 0), axis, devices)
+
+    def draw_samples(
+        params: PyTree, table: dj.SamplerTable, key: Array, labels: np.ndarray, first: int = 0
+    ) -> Float[np.ndarray, "..."]:
+        table = table if whole_path else dj.padded(table, config.num_timesteps)
+        count = math.ceil(len(labels) / len(devices)) * len(devices)
+        labels_and_more = np.resize(labels, count).astype(np.int32)
+        drawn = compiled(params, table, key, jnp.arange(first, first + count), labels_and_more)
+        return np.take(drawn, range(len(labels)), axis)
+
+    return draw_samples
+
+
+def labels_in_turn(config: Config, count: int) -> np.ndarray:
+    """0, 1, ..., 9, 0, 1, ... for a conditional run, and for another the label of no class."""
+    return np.arange(count) % NUM_CLASSES if config.conditional else np.full(count, NUM_CLASSES)

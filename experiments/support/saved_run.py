@@ -1,0 +1,125 @@
+"""A run of mnist.py, as the scripts that use one find it: its config, its state, and samples of it."""
+
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_type_hints
+
+import numpy as np
+from beartype.door import is_bearable
+from jaxtyping import Array, Float, Int, Key, PyTree
+from tqdm import tqdm
+
+import diffusion_jax as dj
+from diffusion_jax.checkpoints import open_checkpoints, restore, restore_latest
+from support import model
+from support.command_line import require
+from support.config import Config, check
+from support.machine import random_key
+from support.workdir import read_config
+
+BATCH = 256
+Sampler = Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis"]
+
+
+class SavedRun(NamedTuple):
+    """A run of mnist.py: its folder, its options, and the schedule that they describe."""
+
+    workdir: str
+    config: Config
+    schedule: dj.NoiseSchedule
+
+    def restore(self, checkpoint: str) -> dj.TrainState:
+        """The state at the "newest" or "best" checkpoint. Raises ValueError if there is none."""
+        with open_checkpoints(Path(self.workdir) / "checkpoints") as checkpoints:
+            if checkpoints.latest_step() is None:
+                raise ValueError(f"--workdir must hold a run with a checkpoint, and {self.workdir} has none yet")
+            state = model.initial_state(self.config, random_key(0))
+            if checkpoint == "newest":
+                return restore_latest(checkpoints, state)
+            best = checkpoints.best_step()
+            require(best is not None, "checkpoint", checkpoint, f"newest: in {self.workdir} no loss is saved")
+            return restore(checkpoints, best, state)
+
+    def draw(
+        self,
+        params: PyTree,
+        table: dj.SamplerTable,
+        key: Key[Array, ""],
+        labels: Int[np.ndarray, " count"],
+        guidance_scale: float = 1.0,
+    ) -> Float[np.ndarray, "count 32 32 1"]:
+        """A sample for each label, in batches."""
+        draw, count = model.make_sampler(self.config, self.schedule, guidance_scale=guidance_scale), len(labels)
+        batch = min(BATCH, count)
+        labels = np.resize(labels, math.ceil(count / batch) * batch)
+        firsts = tqdm(range(0, count, batch), "samples", unit="batch")
+        samples = [draw(params, table, key, labels[first : first + batch], first) for first in firsts]
+        return np.concatenate(samples)[:count]
+
+
+def open_run(workdir: str) -> SavedRun:
+    """The run of mnist.py in `workdir`. Raises ValueError if it holds another run, or none."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    saved = read_config(workdir, names)
+    if set(saved) != names:
+        odd = ", ".join(sorted(set(saved) ^ names))
+        raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {workdir}/config.json differs in {odd}")
+    saved: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    for name, hint in get_type_hints(Config).items():
+        if not is_bearable(saved[name], hint):
+            raise ValueError(
+                f"--workdir must hold a run of experiments/mnist.py; {workdir}/config.json has {name} {saved[name]}"
+            )
+    config = Config(**saved)
+    try:
+        check(config)
+    except ValueError as problem:
+        raise ValueError(f"--workdir must hold a run of experiments/mnist.py; in {workdir}/config.json {problem}") from None
+    return SavedRun(workdir, config, model.make_schedule(config))
+
+
+def solver_table(
+    sampler: str,
+    schedule: dj.NoiseSchedule,
+    calls: int | None = None,
+    spacing: str | None = None,
+    sigma_type: str = "upper_bound",
+    eta: float = 0.0,
+) -> dj.SamplerTable:
+    """The table of a `Sampler` of so many network calls, by default T, or T / 2 steps of Heun's method.
+
+    Steps are evenly spaced in t by default, and UniPC's as in flow, with a polynomial in the signal, which goes with that.
+    """
+    spacing = spacing or ("flow" if sampler == "unipc" else "time")
+    unipc = partial(dj.unipc_table, order=3, variable="signal" if spacing == "flow" else "log_snr")
+    tables = {
+        "ancestral": partial(dj.ancestral_table, sigma_type=sigma_type),
+        "ddim": partial(dj.ddim_table, eta=eta),
+        "dpm_solver": partial(dj.dpm_solver_table, eta=eta),
+        "dpm_solver_3m": partial(dj.dpm_solver_table, eta=eta, order=3),
+        "heun": dj.heun_table,
+        "unipc": unipc,
+        "deis": dj.deis_table,
+    }
+    calls = schedule.num_timesteps if calls is None else calls
+    most = schedule.num_timesteps
+    require(1 <= calls <= most, "sampling_timesteps", calls, f"between 1 and num_timesteps = {most}")
+    steps = (calls + 1) // 2 if sampler == "heun" else calls
+    return tables[sampler](schedule, sampling_timesteps=dj.sampling_times(schedule, steps, spacing))
+
+
+def sampler_table(config: Any, run: SavedRun) -> dj.SamplerTable:
+    """The table for the options sampler, spacing, eta and sampling_timesteps."""
+    require(0 <= config.eta <= 1, "eta", config.eta, "between 0 and 1")
+    takes_eta = config.sampler in ("ddim", "dpm_solver", "dpm_solver_3m")
+    require(takes_eta or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim, dpm_solver or dpm_solver_3m")
+    return solver_table(
+        config.sampler, run.schedule, config.sampling_timesteps, config.spacing, run.config.sigma_type, config.eta
+    )
+
+
+def check_guidance(run: SavedRun, scale: float) -> None:
+    require(0 <= scale < math.inf, "guidance_scale", scale, "at least 0 and finite")
+    require(run.config.conditional or scale == 1, "guidance_scale", scale, "1 unless the run is --conditional")
