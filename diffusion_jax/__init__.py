@@ -12,6 +12,7 @@ from diffusion_jax.editing import encoding_table, guided, inpainting, part_way, 
 from diffusion_jax.likelihood import bound_bits, bound_loss, flow_bits, flow_log_density, hybrid_loss, prior_bits
 from diffusion_jax.losses import diffusion_loss, loss_at, min_snr_weight
 from diffusion_jax.mlp import MLP
+from diffusion_jax.optimizers import adam_with_cosine_decay, cosine_decay, muon_with_cosine_decay
 from diffusion_jax.sampling import (
     SamplerTable,
     ancestral_table,
@@ -33,8 +34,6 @@ from diffusion_jax.schedules import (
 from diffusion_jax.solvers import deis_table, dpm_solver_table, heun_table, unipc_table
 from diffusion_jax.training import (
     TrainState,
-    adam_with_cosine_decay,
-    cosine_decay,
     create_train_state,
     example_keys,
     over_devices,
@@ -76,6 +75,7 @@ __all__ = [
     "loss_at",
     "make_denoiser",
     "min_snr_weight",
+    "muon_with_cosine_decay",
     "normalized",
     "over_devices",
     "padded",

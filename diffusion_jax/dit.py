@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, Real
 
 from diffusion_jax.layers import Dense, embed_condition, sharded_by_xla
-from diffusion_jax.unet import check_image, pixel_shuffle
+from diffusion_jax.unet import check_image, pixel_shuffle, to_patches
 
 HEAD_DIM = 64
 
@@ -85,10 +85,3 @@ def modulation(condition: Float[Array, "B E"], count: int, channels: int, dtype:
 def normalize(x: Float[Array, "B N C"], shift: Float[Array, "B 1 C"], scale: Float[Array, "B 1 C"]) -> Float[Array, "B N C"]:
     """(x - mean) / deviation * (1 + scale) + shift over the channels, in the dtype of `scale`, with statistics in float32."""
     return nn.LayerNorm(use_bias=False, use_scale=False, use_fast_variance=False, dtype=scale.dtype)(x) * (1 + scale) + shift
-
-
-def to_patches(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B H//{size} W//{size} C*{size}**2"]:
-    """The `size` x `size` pixels of each patch as channels: the inverse of `pixel_shuffle`."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, height // size, width // size, size**2 * channels)

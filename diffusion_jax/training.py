@@ -31,24 +31,6 @@ def create_train_state(apply_fn: Callable, params: PyTree, optimizer: optax.Grad
     return state.replace(step=jnp.zeros((), jnp.int32))
 
 
-def cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.Schedule:
-    """A learning rate that rises from 0 in `warmup` steps, half of `iterations` at most, and falls to 0 along a half cosine.
-
-    Raises ValueError on a negative `warmup`.
-    """
-    if warmup < 0:
-        raise ValueError(f"warmup must be at least 0, got {warmup}")
-    warmup = min(warmup, iterations // 2)
-    if not warmup:
-        return optax.cosine_decay_schedule(learning_rate, iterations)
-    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, iterations)
-
-
-def adam_with_cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.GradientTransformation:
-    """Adam with the learning rate of `cosine_decay`."""
-    return optax.adam(cosine_decay(learning_rate, iterations, warmup))
-
-
 def example_keys(key: Key[Array, ""], examples: Int[Array, " B"]) -> Key[Array, " B"]:
     """A key for each example, from its number alone: the same whatever batch or device it falls in."""
     return jax.vmap(lambda example: jax.random.fold_in(key, example))(examples)

@@ -18,10 +18,11 @@ class UNet(nn.Module):
 
     Level i of `dim_scales` has two residual blocks on the way down and two on the way up, each with a skip between them, at
     1 / 2^i of the resolution; between levels the width becomes embed_dim * dim_scales[i]. Self-attention sits in the middle,
-    and a long residual joins the first features to the last. `dtype` is what the layers compute in; parameters, normalization
-    statistics and the output are float32. With `num_classes`, each example has a label (see `embed_condition`).
+    and a long residual joins the first features to the last. With `patch_size`, the network works on patches of that height
+    and width, whose pixels are channels. `dtype` is what the layers compute in; parameters, normalization statistics and the
+    output are float32. With `num_classes`, each example has a label (see `embed_condition`).
 
-    Raises ValueError if x_t is no image, or its height or width is not a multiple of 2^(len(dim_scales) - 1).
+    Raises ValueError if x_t is no image, or its height or width is not a multiple of patch_size 2^(len(dim_scales) - 1).
     """
 
     in_dim: int
@@ -30,6 +31,7 @@ class UNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     num_classes: int = 0
     learned_variance: bool = False
+    patch_size: int = 1
 
     @nn.compact
     @sharded_by_xla
@@ -40,9 +42,9 @@ class UNet(nn.Module):
         dense = lambda features, name: Dense(features, self.dtype, name=name)  # noqa: E731
         widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
         levels = range(len(self.dim_scales))
-        check_image(x_t.shape, 2 ** (len(levels) - 1))
+        check_image(x_t.shape, self.patch_size * 2 ** (len(levels) - 1))
         time = embed_condition(t, labels, self.embed_dim, 4 * self.embed_dim, self.num_classes, self.dtype)
-        x = first = dense(self.embed_dim, "stem")(x_t)
+        x = first = dense(self.embed_dim, "stem")(to_patches(x_t, self.patch_size))
 
         skips = []
         for level in levels:
@@ -67,7 +69,8 @@ class UNet(nn.Module):
         x = block(self.embed_dim, "out_block")(x + first, time)
         x = GroupNorm(jnp.float32, silu, name="out_norm")(x)
         outputs = 2 * self.in_dim if self.learned_variance else self.in_dim
-        x = nn.Dense(outputs, kernel_init=nn.initializers.zeros, name="out")(x)
+        x = nn.Dense(self.patch_size**2 * outputs, kernel_init=nn.initializers.zeros, name="out")(x)
+        x = pixel_shuffle(x, self.patch_size)
         return (x[..., : self.in_dim], (x[..., self.in_dim :] + 1) / 2) if self.learned_variance else x
 
 
@@ -114,6 +117,13 @@ def pixel_shuffle(x: Float[Array, "B H W C"], size: int = 2) -> Float[Array, "B 
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, size, size, channels // size**2).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, size * height, size * width, channels // size**2)
+
+
+def to_patches(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B H//{size} W//{size} C*{size}**2"]:
+    """The `size` x `size` pixels of each patch as channels: the inverse of `pixel_shuffle`."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height // size, width // size, size**2 * channels)
 
 
 def check_image(shape: Sequence[int], multiple: int) -> None:

@@ -43,7 +43,8 @@ def test_a_cache_that_the_user_chose_is_left_alone(tmp_path):
 
 
 def test_a_kept_program_is_loaded_without_a_word_and_a_warning_of_jax_is_heard(tmp_path):
-    script = "import logging, jax; from support import machine; machine.prepare_machine(); jax.jit(lambda x: x @ x)(jax.numpy.ones((64, 64)))"
+    script = "import logging, jax; from support import machine; machine.prepare_machine()"
+    script += "; jax.jit(lambda x: x @ x)(jax.numpy.ones((64, 64)))"
     script += "; logging.getLogger('jax._src.xla_bridge').warning('a warning')"
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     for _ in range(2):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from diffusion_jax import MLP, DiT, UNet
-from diffusion_jax.dit import Block, to_patches
+from diffusion_jax.dit import Block
 from diffusion_jax.mlp import timestep_embedding
-from diffusion_jax.unet import SelfAttention, pixel_shuffle
+from diffusion_jax.unet import SelfAttention, pixel_shuffle, to_patches
 
 
 def randomized(network, *inputs, scale=0.3):
@@ -24,6 +24,7 @@ NETWORKS = {
     "mlp": (MLP(3, 8), VECTORS),
     "unet2": (UNet(3, 4, (1, 2)), IMAGES),
     "unet1": (UNet(3, 6, (2,)), IMAGES),
+    "unet of patches": (UNet(3, 4, (1, 2), patch_size=2), IMAGES),
     "dit": (DiT(3, 8, 2, 2), IMAGES),
 }
 EACH = pytest.mark.parametrize(("network", "inputs"), NETWORKS.values(), ids=NETWORKS)

@@ -147,16 +147,6 @@ def test_donating_the_state_is_safe(devices):
     chex.assert_trees_all_equal(donated.params, expected.params)
 
 
-def test_adam_decays_along_a_half_cosine():
-    optimizer = dj.adam_with_cosine_decay(0.1, 4)
-    params = jnp.zeros(1)
-    state, moves = optimizer.init(params), []
-    for _ in range(5):
-        update, state = optimizer.update(jnp.ones(1), state, params)
-        moves.append(float(update[0]))
-    np.testing.assert_allclose(moves, -0.05 * (1 + np.cos(np.pi * np.arange(5) / 4)), atol=1e-6)
-
-
 def test_a_batch_that_devices_cannot_share_is_named():
     state, step, x_0 = setup("mlp")
     with pytest.raises(ValueError, match="multiple of the 4 devices, got 6"):

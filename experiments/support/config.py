@@ -50,8 +50,8 @@ class Network:
     """unet: channels after each level, as multiples of embed_dim; the image is halved between levels."""
     depth: int = 6
     """dit: number of blocks."""
-    patch_size: Literal[1, 2, 4, 8] = 4
-    """dit: height and width of a patch, in pixels."""
+    patch_size: Literal[1, 2, 4, 8] = 1
+    """Height and width of the patches of pixels that enter as one, such as 2 for a unet or 4 for a dit."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in; parameters are float32."""
 
@@ -84,8 +84,10 @@ class Training:
     """Training steps."""
     batch_size: int = 512
     """Images a step, over all devices."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """muon orthogonalizes the update of each matrix (Jordan et al. 2024), with adam for the other parameters."""
     learning_rate: float = 1e-3
-    """Adam's, at the start of its cosine decay."""
+    """The learning rate at the start of its cosine decay."""
     warmup: int = 0
     """Steps in which the learning rate rises from 0 to that, at most half of all."""
     ema_decay: float = 0.0

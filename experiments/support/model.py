@@ -25,6 +25,7 @@ SCHEDULES = {
     "flow": dj.flow_schedule,
     "ve": dj.variance_exploding_schedule,
 }
+OPTIMIZERS = {"adam": dj.adam_with_cosine_decay, "muon": dj.muon_with_cosine_decay}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -34,16 +35,21 @@ def make_schedule(config: Config) -> dj.NoiseSchedule:
 
 def make_network(config: Config) -> dj.UNet | dj.DiT:
     classes, learned = NUM_CLASSES if config.conditional else 0, config.sigma_type == "learned"
-    common: dict[str, Any] = {"dtype": DTYPES[config.precision], "num_classes": classes, "learned_variance": learned}
+    common: dict[str, Any] = {
+        "dtype": DTYPES[config.precision],
+        "num_classes": classes,
+        "learned_variance": learned,
+        "patch_size": config.patch_size,
+    }
     if config.network == "dit":
-        return dj.DiT(IMAGE_SHAPE[-1], config.embed_dim, config.depth, config.patch_size, **common)
+        return dj.DiT(IMAGE_SHAPE[-1], config.embed_dim, config.depth, **common)
     return dj.UNet(IMAGE_SHAPE[-1], config.embed_dim, config.dim_scales, **common)
 
 
 def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
     network = make_network(config)
     params = jax.jit(network.init)(key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), jnp.ones(1, jnp.int32))["params"]
-    optimizer = dj.adam_with_cosine_decay(config.learning_rate, config.iterations, config.warmup)
+    optimizer = OPTIMIZERS[config.optimizer](config.learning_rate, config.iterations, config.warmup)
     return dj.create_train_state(network.apply, params, optimizer)
 
 

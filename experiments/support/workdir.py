@@ -20,7 +20,15 @@ from diffusion_jax.checkpoints import UNFINISHED, restore_latest
 from diffusion_jax.training import TrainState
 
 # Options newer than version 0.2.0, with the meaning of a run without them.
-ADDED = {"time_input": "t", "time_density": "uniform", "stratified": False, "network": "unet", "depth": 6, "patch_size": 4}
+ADDED = {
+    "time_input": "t",
+    "time_density": "uniform",
+    "stratified": False,
+    "network": "unet",
+    "depth": 6,
+    "patch_size": 1,
+    "optimizer": "adam",
+}
 HIDDEN = {
     "__macosx",
     "$recycle.bin",

@@ -1,0 +1,92 @@
+"""Adam [Kingma & Ba 2015] and Muon [Jordan et al. 2024], with a learning rate that falls to zero.
+
+Muon replaces the momentum G = U S V^T of each matrix by about U V^T, so that all its directions learn at the same rate. Five
+Newton-Schulz steps X <- X (a I + b X^T X + c (X^T X)^2) take the singular values of X = G / |G| to 0.7..1.2. All of them are
+polynomials in X^T X, so here the small square matrix is iterated and X is multiplied once.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+STEPS, MOMENTUM = 5, 0.95
+RMS = 0.2  # of an update before the learning rate, about Adam's, so that both share one [Liu et al. 2025]
+ADAM_LAYERS = ("stem", "out", "label", "position")
+
+
+def cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.Schedule:
+    """A learning rate that rises from 0 in `warmup` steps, half of `iterations` at most, and falls to 0 along a half cosine.
+
+    Raises ValueError on a negative `warmup`.
+    """
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, got {warmup}")
+    warmup = min(warmup, iterations // 2)
+    if not warmup:
+        return optax.cosine_decay_schedule(learning_rate, iterations)
+    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, iterations)
+
+
+def adam_with_cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.GradientTransformation:
+    """Adam with the learning rate of `cosine_decay`."""
+    return optax.adam(cosine_decay(learning_rate, iterations, warmup))
+
+
+def muon_with_cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.GradientTransformation:
+    """Muon for the kernels, and Adam for biases, norms, embeddings and the first and last layers, at one learning rate."""
+    schedule = cosine_decay(learning_rate, iterations, warmup)
+    muon = optax.chain(scale_by_muon(), optax.scale_by_learning_rate(schedule))
+    return optax.multi_transform({"muon": muon, "adam": optax.adam(schedule)}, _method_of_each)
+
+
+class MuonState(NamedTuple):
+    momentum: PyTree
+
+
+def scale_by_muon() -> optax.GradientTransformation:
+    """The orthogonalized Nesterov momentum of each matrix, with root mean square RMS."""
+
+    def init(params: PyTree) -> MuonState:
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads: PyTree, state: MuonState, params: PyTree = None) -> tuple[PyTree, MuonState]:
+        average = lambda momentum, grad: MOMENTUM * momentum + (1 - MOMENTUM) * grad  # noqa: E731
+        momentum = jax.tree.map(average, state.momentum, grads)
+        nesterov = jax.tree.map(average, momentum, grads)
+        return jax.tree.map(_scaled_direction, nesterov), MuonState(momentum)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonalized(matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """About U V^T for `matrix` = U S V^T, by Newton-Schulz iteration; zero for zero."""
+    if matrix.shape[0] < matrix.shape[1]:
+        return orthogonalized(matrix.T).T
+    with jax.default_matmul_precision("highest"):  # lower precision makes small eigenvalues negative, which then grow
+        x = matrix / (jnp.linalg.norm(matrix) + 1e-8)
+        gram, product = x.T @ x, jnp.eye(x.shape[1], dtype=x.dtype)
+        a, b, c = NEWTON_SCHULZ
+        for _ in range(STEPS):
+            factor = a * jnp.eye(len(gram), dtype=x.dtype) + b * gram + c * gram @ gram
+            gram, product = factor @ gram @ factor, product @ factor
+        return x @ product
+
+
+def _scaled_direction(kernel: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A convolution's kernel is a matrix from 9 C inputs to its outputs, any other kernel one from its first axis."""
+    inputs = kernel.size // kernel.shape[-1] if kernel.shape[:2] == (3, 3) else kernel.shape[0]
+    matrix = kernel.reshape(inputs, -1)
+    return (RMS * max(matrix.shape) ** 0.5 * orthogonalized(matrix)).reshape(kernel.shape)
+
+
+def _method_of_each(params: PyTree) -> PyTree:
+    """ "muon" or "adam" for each parameter."""
+
+    def method(path, x):
+        return "adam" if x.ndim < 2 or path[0].key in ADAM_LAYERS else "muon"
+
+    return jax.tree_util.tree_map_with_path(method, params)
