@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, ArrayLike, Float, Int, Key, Real
-from scipy.integrate import simpson
 
 from diffusion_jax.diffusion import (
     Denoise,
@@ -159,6 +158,8 @@ def flow_log_density(
         )
     times = schedule.time_of(np.geomspace(finite[1], finite[-1], num_steps + 1)).astype(np.float32).astype(np.float64)
     signal, noise = schedule.at(times)
+    from scipy.integrate import simpson  # half a second that other uses of the library need not wait for
+
     weights = simpson(np.eye(len(times)), x=np.log(noise / signal))
     table = multistep_table(schedule, times, 0.0, 3, corrects=True)
     start = jnp.asarray(signal[0], float_dtype(x_0)) * x_0

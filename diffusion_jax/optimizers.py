@@ -5,7 +5,7 @@ Newton-Schulz steps X <- X (a I + b X^T X + c (X^T X)^2) take the singular value
 polynomials in X^T X, so here the small square matrix is iterated and X is multiplied once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +53,10 @@ def scale_by_muon() -> optax.GradientTransformation:
     def init(params: PyTree) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads: PyTree, state: MuonState, params: PyTree = None) -> tuple[PyTree, MuonState]:
-        average = lambda momentum, grad: MOMENTUM * momentum + (1 - MOMENTUM) * grad  # noqa: E731
-        momentum = jax.tree.map(average, state.momentum, grads)
-        nesterov = jax.tree.map(average, momentum, grads)
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, MuonState]:
+        average = lambda mean, x: MOMENTUM * mean + (1 - MOMENTUM) * x  # noqa: E731
+        momentum = jax.tree.map(average, state.momentum, updates)
+        nesterov = jax.tree.map(average, momentum, updates)
         return jax.tree.map(_scaled_direction, nesterov), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)

@@ -23,8 +23,8 @@ from diffusion_jax.sampling import Spacing
 from support import model
 from support.command_line import check_output, check_values, one_line_errors, parse_command_line, require
 from support.data import load_dataset, to_model_input
-from support.figures import save_rows
 from support.machine import prepare_machine, random_key
+from support.pictures import save_rows
 from support.saved_run import Sampler, SavedRun, open_run, solver_table
 
 ROUNDS, WAYS = 4, 4

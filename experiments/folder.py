@@ -23,10 +23,10 @@ from diffusion_jax.training import check_divisible
 from diffusion_jax.unet import check_image
 from support.batches import make_step
 from support.command_line import check_values, one_line_errors, parse_command_line, require
-from support.figures import grid, save_picture
+from support.image_folder import folders_below, read_images
 from support.loop import train_in
 from support.machine import prepare_machine, random_key
-from support.pictures import folders_below, read_images
+from support.pictures import grid, save_picture
 from support.workdir import one_line_if_unwritable, open_workdir
 
 TARGET_TYPE = "pred_x_0"

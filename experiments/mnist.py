@@ -22,9 +22,9 @@ from support import model
 from support.command_line import one_line_errors
 from support.config import MAY_DIFFER, Config, parse_run
 from support.data import ImageData, load_dataset, to_model_input
-from support.figures import grid, save_animation, save_noise_figure, save_training_figure
 from support.loop import train_in
 from support.machine import prepare_machine, random_key
+from support.pictures import grid, save_animation
 from support.processes import check_same_everywhere, failing_together, in_turn, is_first_process, join_processes
 from support.workdir import one_line_if_unwritable, open_workdir
 
@@ -64,6 +64,8 @@ def main() -> None:
 
 def save_figures(workdir: Path, config: Config, data: ImageData, path: Float[np.ndarray, "S N 32 32 1"]) -> None:
     """Write figure.png, denoising.gif and training.png."""
+    from support.figures import save_noise_figure, save_training_figure  # matplotlib would delay the first step
+
     real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples])))
     save_noise_figure(workdir / "figure.png", real, path)
     save_animation(workdir / "denoising.gif", path)

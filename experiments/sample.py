@@ -15,8 +15,8 @@ import numpy as np
 from diffusion_jax.sampling import Spacing
 from support import model
 from support.command_line import check_output, check_values, one_line_errors, parse_command_line, require
-from support.figures import grid, save_picture
 from support.machine import prepare_machine, random_key
+from support.pictures import grid, save_picture
 from support.saved_run import Sampler, check_guidance, open_run, sampler_table
 
 

@@ -1,4 +1,4 @@
-"""Every picture that the experiments write."""
+"""Every figure that the experiments draw with matplotlib."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,48 +6,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.ticker import LogLocator
-from PIL import Image
 
 from diffusion_jax.schedules import NoiseSchedule
+from support.pictures import tile, to_pixels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PERCENTS = (100, 75, 50, 25, 0)
-
-
-def to_pixels(x: np.ndarray) -> np.ndarray:
-    """[-1, 1] to 0..255, rounded."""
-    return np.rint(np.clip((np.asarray(x, np.float32) + 1) * 127.5, 0, 255)).astype(np.uint8)
-
-
-def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """[N, H, W, C] to one picture, filled row by row, with black where images run out; [rows * H, columns * W] if C is 1."""
-    count, height, width, channels = images.shape
-    rows = -(-count // columns)
-    cells = np.zeros((rows * columns, height, width, channels), images.dtype)
-    cells[:count] = images
-    picture = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    picture = picture.reshape(rows * height, columns * width, channels)
-    return picture[..., 0] if channels == 1 else picture
-
-
-def save_picture(file: Path, picture: np.ndarray) -> None:
-    """Bytes [H, W] or [H, W, 3]."""
-    Image.fromarray(picture).save(file)
-
-
-def grid(samples: np.ndarray) -> np.ndarray:
-    """Samples in [-1, 1] as one nearly square picture."""
-    return tile(to_pixels(samples), int(np.ceil(np.sqrt(len(samples)))))
-
-
-def save_rows(file: Path, columns: list[np.ndarray]) -> None:
-    """Images in [-1, 1]: row i has the i-th of each column."""
-    images = np.stack([to_pixels(column) for column in columns], 1)
-    Image.fromarray(tile(images.reshape(-1, *images.shape[2:]), len(columns))).resize(
-        (len(columns) * images.shape[3] * 2, len(images) * images.shape[2] * 2), Image.Resampling.NEAREST
-    ).save(file)
 
 
 def save_noise_figure(file: Path, real: np.ndarray, path: np.ndarray) -> None:
@@ -61,15 +27,6 @@ def save_noise_figure(file: Path, real: np.ndarray, path: np.ndarray) -> None:
         axis.set_title(title, fontsize=10)
         axis.axis("off")
     _save(figure, file)
-
-
-def save_animation(file: Path, path: np.ndarray) -> None:
-    """The samples on their way from noise, `path[-1]`, to x_0, `path[0]`, as a .gif of four seconds that rests at the end."""
-    shown = path[np.linspace(len(path) - 1, 0, min(len(path), 50)).round().astype(int)]
-    frames = [Image.fromarray(grid(images)) for images in shown]
-    frames = [frame.resize((2 * frame.width, 2 * frame.height), Image.Resampling.NEAREST) for frame in frames]
-    durations = [60] * (len(frames) - 1) + [1500]
-    frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def save_training_figure(file: Path, metrics: np.ndarray, learning_rate: Callable) -> None:

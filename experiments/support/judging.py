@@ -10,7 +10,7 @@ from tqdm import tqdm
 from support import distances
 from support.data import ImageData
 from support.feature_spaces import Described
-from support.figures import to_pixels
+from support.pictures import to_pixels
 
 DRAWS = 3
 

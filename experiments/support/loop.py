@@ -18,7 +18,7 @@ from diffusion_jax.checkpoints import open_checkpoints, save
 from diffusion_jax.training import TrainState
 from support.command_line import one_line_errors
 from support.events import open_events
-from support.figures import save_picture
+from support.pictures import save_picture
 from support.processes import failing_together, from_first_process, is_first_process, largest_of_all
 from support.workdir import append_rows, losses_between, one_line_if_unwritable, resume
 

@@ -1,90 +1,49 @@
-"""Images of a folder, as squares of one size in colour."""
+"""Images as pictures: grids, rows and animations."""
 
-import os
-import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageFile, ImageOps
-
-from support.command_line import require
-from support.workdir import is_hidden
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-MOST_UNREADABLE = 0.05
-SCALED_TO_8_BITS: dict[Any, float] = {
-    "L;2": 85,
-    "L;4": 17,
-    "RGB;16B": 1 / 256,
-}  # Pillow scales these pixels to 8 bits but not the transparent colour
+from PIL import Image
 
 
-def folders_below(folder: Path) -> list[Path]:
-    """`folder` and each folder in it, links followed, each real folder once. Raises OSError where one cannot be listed."""
-
-    def stop(problem: OSError) -> None:
-        raise problem
-
-    found: dict[Path, Path] = {}
-    for place, below, _ in os.walk(folder, onerror=stop, followlinks=True):
-        if Path(place).resolve() in found:
-            below.clear()
-            continue
-        found[Path(place).resolve()] = Path(place)
-        below[:] = sorted(name for name in below if not is_hidden(name))
-    return list(found.values())
+def to_pixels(x: np.ndarray) -> np.ndarray:
+    """[-1, 1] to 0..255, rounded."""
+    return np.rint(np.clip((np.asarray(x, np.float32) + 1) * 127.5, 0, 255)).astype(np.uint8)
 
 
-def read_images(folder: Path, size: int) -> UInt8[np.ndarray, "N size size 3"]:
-    """The middle square of each image in `folder` and below. Files that cannot be read are left out, with a warning.
-
-    Raises ValueError if there is no image, or if more than MOST_UNREADABLE of them cannot be read.
-    """
-    entries = sorted(entry for place in folders_below(folder) for entry in place.iterdir() if not is_hidden(entry.name))
-    files = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()]
-    require(bool(files), "folder", folder, f"a folder with images ({', '.join(sorted(SUFFIXES))})")
-    images, unreadable = [], []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                images.append(as_square(image, size))
-        except MemoryError:
-            raise
-        except Exception as problem:  # Pillow has many kinds
-            unreadable.append(f"{file} ({(str(problem) or type(problem).__name__).splitlines()[0]})")
-    if unreadable:
-        named = ", ".join(unreadable[:3]) + (", ..." if unreadable[3:] else "")
-        counted = f"{len(unreadable)} of {len(files)} images cannot be read"
-        if len(unreadable) > MOST_UNREADABLE * len(files):
-            raise ValueError(f"{counted}, and at most {MOST_UNREADABLE:.0%} may be left out: {named}")
-        warnings.warn(f"{counted} and are left out: {named}", stacklevel=2)
-    return np.stack(images)
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """[N, H, W, C] to one picture, filled row by row, with black where images run out; [rows * H, columns * W] if C is 1."""
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    cells = np.zeros((rows * columns, height, width, channels), images.dtype)
+    cells[:count] = images
+    picture = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    picture = picture.reshape(rows * height, columns * width, channels)
+    return picture[..., 0] if channels == 1 else picture
 
 
-def as_square(file: ImageFile.ImageFile, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Upright, on white where it is transparent, and 16 bits of grey as 8."""
-    scale = SCALED_TO_8_BITS.get(file.tile[0].args) if file.format == "PNG" else None
-    file.load()
-    turn, clear = orientation(file), file.info.get("transparency")
-    image: Image.Image = file
-    if scale and clear is not None:
-        image.info["transparency"] = tuple(int(c * scale) for c in clear) if isinstance(clear, tuple) else clear * scale
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        image = Image.fromarray(np.where(values == clear, 255, values / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
-    image.info.clear()  # the rest of the EXIF data may be odd, and exif_transpose would write it again
-    image.getexif()[ExifTags.Base.Orientation] = turn
-    return np.asarray(ImageOps.fit(ImageOps.exif_transpose(image), (size, size)))
+def save_picture(file: Path, picture: np.ndarray) -> None:
+    """Bytes [H, W] or [H, W, 3]."""
+    Image.fromarray(picture).save(file)
 
 
-def orientation(image: Image.Image) -> object:
-    """As the EXIF data has it; None where it has none or is damaged, which picture viewers take for upright."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow has many kinds
-        return None
+def grid(samples: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] as one nearly square picture."""
+    return tile(to_pixels(samples), int(np.ceil(np.sqrt(len(samples)))))
+
+
+def save_rows(file: Path, columns: list[np.ndarray]) -> None:
+    """Images in [-1, 1]: row i has the i-th of each column."""
+    images = np.stack([to_pixels(column) for column in columns], 1)
+    Image.fromarray(tile(images.reshape(-1, *images.shape[2:]), len(columns))).resize(
+        (len(columns) * images.shape[3] * 2, len(images) * images.shape[2] * 2), Image.Resampling.NEAREST
+    ).save(file)
+
+
+def save_animation(file: Path, path: np.ndarray) -> None:
+    """The samples on their way from noise, `path[-1]`, to x_0, `path[0]`, as a .gif of four seconds that rests at the end."""
+    shown = path[np.linspace(len(path) - 1, 0, min(len(path), 50)).round().astype(int)]
+    frames = [Image.fromarray(grid(images)) for images in shown]
+    frames = [frame.resize((2 * frame.width, 2 * frame.height), Image.Resampling.NEAREST) for frame in frames]
+    durations = [60] * (len(frames) - 1) + [1500]
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
