@@ -1,4 +1,4 @@
-"""What each part of the small recipe is worth: Frechet distances in every feature space, over seeds. Continues where it stopped.
+"""What each part of the small recipe is worth: Frechet distances in every feature space. Continues where it stopped.
 
 python benchmarks/ablation.py --out ablation.jsonl
 """
@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import jax
 import numpy as np
+from tqdm import tqdm
+
 from support import model
 from support.config import PRESETS
 from support.data import ImageData, load_dataset
@@ -23,7 +25,6 @@ from support.feature_spaces import feature_spaces
 from support.judging import to_bytes
 from support.machine import prepare_machine, random_key
 from support.saved_run import solver_table
-from tqdm import tqdm
 
 CALLS, BATCH = 20, 250
 BASE = {"batch_size": 64, "precision": "bfloat16"}
