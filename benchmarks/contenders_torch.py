@@ -20,11 +20,8 @@ def original(options: dict, tuned: bool = True, mode: str | None = None, autocas
     from src.simple.diffusion import DiffusionModel, DiffusionModelConfig
 
     network = UNet(1, options["embed_dim"], CHANNELS)
-    make = lambda network: DiffusionModel(  # noqa: E731
-        nn_module=network,
-        input_shape=(1, SIDE, SIDE),
-        config=DiffusionModelConfig(num_timesteps=T, target_type="pred_x_0", gamma_type="ddpm"),
-    )
+    config = DiffusionModelConfig(num_timesteps=T, target_type="pred_x_0", gamma_type="ddpm")
+    make = partial(DiffusionModel, input_shape=(1, SIDE, SIDE), config=config)
     return in_torch(options, network, make, tuned, mode, autocast)
 
 

@@ -52,7 +52,10 @@ def mixture(weights: np.ndarray, means: np.ndarray, deviations: np.ndarray, rota
 def data_sets() -> dict[str, Mixture]:
     """Three that the spacing "flow" was chosen on, and two that were kept for a check."""
     rng, even = np.random.default_rng(0), np.ones(10)
-    rotation = lambda d: np.linalg.qr(rng.standard_normal((d, d)))[0]  # noqa: E731
+
+    def rotation(d):
+        return np.linalg.qr(rng.standard_normal((d, d)))[0]
+
     axes = np.geomspace(1, 0.03, 16)
     return {
         "plane": mixture(even, rng.standard_normal((10, 2)), 0.05, np.eye(2)),
@@ -66,7 +69,10 @@ def data_sets() -> dict[str, Mixture]:
 def flow(data: Mixture, x: np.ndarray, steps: int = 120) -> np.ndarray:
     """Where the probability flow takes normal draws from sigma = 1000 to 0, by Runge and Kutta's method in log(sigma)."""
     log_sigma = np.log(np.geomspace(1000, 0.001, steps + 1))
-    slope = lambda v, at: v - data.best_x_0_hat(v, np.exp(at))  # noqa: E731
+
+    def slope(v, at):
+        return v - data.best_x_0_hat(v, np.exp(at))
+
     v = 1000 * x
     for at, h in zip(log_sigma[:-1], np.diff(log_sigma), strict=True):
         k_1 = slope(v, at)

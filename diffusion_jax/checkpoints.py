@@ -6,6 +6,7 @@ notice a bit that flips in the values later, so each folder lists its files with
 
 import errno
 import json
+import operator
 import os
 import re
 import shutil
@@ -41,7 +42,7 @@ def open_checkpoints(directory: str | Path) -> ocp.CheckpointManager:
     directory.mkdir(parents=True, exist_ok=True)
     _set_damaged_losses_aside(directory)
     path = _link_to(directory) if MISREAD & set(str(directory)) else directory
-    loss = lambda metrics: metrics["loss"]  # noqa: E731
+    loss = operator.itemgetter("loss")
     best = BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     this_process, under_way = jax.process_index(), {}
     options = ocp.CheckpointManagerOptions(

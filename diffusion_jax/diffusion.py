@@ -199,7 +199,10 @@ def look_up(table: ArrayLike, t: Real[Array, " B"], like: ArrayLike) -> Float[Ar
     """table[t], linear between rows, in the dtype of `like` but at least float32, sharded as t; NaN where t is out of range."""
     table = jnp.asarray(table, jnp.promote_types(float_dtype(like), jnp.float32))
     options: Any = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
-    row_at = lambda row: table.at[row].get(**options, out_sharding=jax.typeof(t).sharding)  # noqa: E731
+
+    def row_at(row):
+        return table.at[row].get(**options, out_sharding=jax.typeof(t).sharding)
+
     if jnp.issubdtype(t.dtype, jnp.integer):
         return row_at(t)
     row = jnp.minimum(jnp.floor(t), max(len(table) - 2, 0)).astype(jnp.int32)

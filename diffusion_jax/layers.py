@@ -27,7 +27,10 @@ def sharded_by_xla(call: Callable) -> Callable:
         if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
             return call(self, x_t, t, labels)
         if self.is_initializing():  # parameters depend on shapes alone
-            zeros = lambda x: None if x is None else jnp.zeros(x.shape, x.dtype)  # noqa: E731
+
+            def zeros(x):
+                return None if x is None else jnp.zeros(x.shape, x.dtype)
+
             return call(self, zeros(x_t), zeros(t), zeros(labels))
         apply: Any = jax.sharding.auto_axes(self.clone(parent=None).apply, out_sharding=sharding)
         return apply(self.variables, x_t, t, labels)
@@ -144,7 +147,10 @@ def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array
 
 def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge."""
-    on_cuda = lambda x, kernel: _convolution(x, _row_major_gradient(kernel))  # noqa: E731
+
+    def on_cuda(x, kernel):
+        return _convolution(x, _row_major_gradient(kernel))
+
     return jax.lax.platform_dependent(x, kernel, cpu=cpu.conv3x3, cuda=on_cuda, default=_convolution)
 
 

@@ -167,7 +167,10 @@ def flow_log_density(
 
     def rate(row):
         x_t, t, signal_t = row
-        x_0_hat = lambda x: with_fraction(denoise(x, jnp.full(len(x), t, jnp.float32)))[0]  # noqa: E731
+
+        def x_0_hat(x):
+            return with_fraction(denoise(x, jnp.full(len(x), t, jnp.float32)))[0]
+
         return x_0[0].size - signal_t * _trace(x_0_hat, x_t, keys, probes)
 
     columns = (jnp.asarray(column, jnp.float32) for column in (times, signal))
@@ -188,7 +191,10 @@ def _trace(fn: Callable[[Array], Array], x: Array, keys: Array, probes: int | No
     if probes is None:
         basis = jnp.eye(x[0].size, dtype=x.dtype).reshape(-1, 1, *x.shape[1:])
         return jax.lax.map(lambda unit: along(jnp.broadcast_to(unit, x.shape)), basis).sum(0)
-    signs = lambda key: jax.random.rademacher(key, (probes, *x.shape[1:]), x.dtype)  # noqa: E731
+
+    def signs(key):
+        return jax.random.rademacher(key, (probes, *x.shape[1:]), x.dtype)
+
     return jax.lax.map(along, jnp.moveaxis(jax.vmap(signs)(keys), 1, 0)).mean(0)
 
 

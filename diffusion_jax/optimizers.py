@@ -54,9 +54,8 @@ def scale_by_muon() -> optax.GradientTransformation:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, MuonState]:
-        average = lambda mean, x: MOMENTUM * mean + (1 - MOMENTUM) * x  # noqa: E731
-        momentum = jax.tree.map(average, state.momentum, updates)
-        nesterov = jax.tree.map(average, momentum, updates)
+        momentum = optax.tree_utils.tree_update_moment(updates, state.momentum, MOMENTUM, 1)
+        nesterov = optax.tree_utils.tree_update_moment(updates, momentum, MOMENTUM, 1)
         return jax.tree.map(_scaled_direction, nesterov), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)

@@ -180,7 +180,9 @@ def sample(
         number, state = carry
         return number + 1, _step(denoise, jax.tree.map(lambda column: column[number], table), state, keys, number)
 
-    going_on = lambda carry: (carry[0] < len(table.t)) & (table.t[carry[0]] > 0)  # noqa: E731
+    def going_on(carry):
+        return (carry[0] < len(table.t)) & (table.t[carry[0]] > 0)
+
     return jax.lax.while_loop(going_on, step, (0, _before_the_first_step(begin)))[1][0]
 
 

@@ -54,7 +54,10 @@ def train_step(
     loss, grads = mean_over_devices((loss, grads))
     state = state.apply_gradients(grads=grads)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-    average = lambda ema, new: (decay * ema + (1 - decay) * new).astype(ema.dtype)  # noqa: E731
+
+    def average(ema, new):
+        return (decay * ema + (1 - decay) * new).astype(ema.dtype)
+
     ema_params = jax.tree.map(average, state.ema_params, state.params)
     return state.replace(ema_params=ema_params), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 

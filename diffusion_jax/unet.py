@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -38,35 +39,35 @@ class UNet(nn.Module):
     def __call__(
         self, x_t: Float[Array, "B H W C"], t: Real[Array, " B"], labels: Int[Array, " B"] | None = None
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
-        block = lambda features, name: ResidualBlock(features, self.dtype, name=name)  # noqa: E731
-        dense = lambda features, name: Dense(features, self.dtype, name=name)  # noqa: E731
+        block, dense = partial(ResidualBlock, dtype=self.dtype), partial(Dense, dtype=self.dtype)
         widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
         levels = range(len(self.dim_scales))
         check_image(x_t.shape, self.patch_size * 2 ** (len(levels) - 1))
         time = embed_condition(t, labels, self.embed_dim, 4 * self.embed_dim, self.num_classes, self.dtype)
-        x = first = dense(self.embed_dim, "stem")(to_patches(x_t, self.patch_size))
+        x = first = dense(self.embed_dim, name="stem")(to_patches(x_t, self.patch_size))
 
         skips = []
         for level in levels:
             for number in (1, 2):
-                x = block(widths[level], f"down_{level}_block_{number}")(x, time)
+                x = block(widths[level], name=f"down_{level}_block_{number}")(x, time)
                 skips.append(x)
             if level < levels[-1]:
                 x = nn.Conv(widths[level + 1], (3, 3), 2, padding=1, dtype=self.dtype, name=f"down_{level}")(x)
             else:
-                x = dense(widths[level + 1], f"down_{level}")(x)
+                x = dense(widths[level + 1], name=f"down_{level}")(x)
 
-        x = block(widths[-1], "mid_block_1")(x, time)
+        x = block(widths[-1], name="mid_block_1")(x, time)
         x = SelfAttention(self.dtype, name="mid_attention")(x)
-        x = block(widths[-1], "mid_block_2")(x, time)
+        x = block(widths[-1], name="mid_block_2")(x, time)
 
         for level in reversed(levels):
             for number in (1, 2):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = block(widths[level + 1], f"up_{level}_block_{number}")(x, time)
-            x = pixel_shuffle(dense(4 * widths[level], f"up_{level}")(x)) if level > 0 else dense(widths[0], "up_0")(x)
+                x = block(widths[level + 1], name=f"up_{level}_block_{number}")(x, time)
+            x = dense(4 * widths[level] if level > 0 else widths[0], name=f"up_{level}")(x)
+            x = pixel_shuffle(x) if level > 0 else x
 
-        x = block(self.embed_dim, "out_block")(x + first, time)
+        x = block(self.embed_dim, name="out_block")(x + first, time)
         x = GroupNorm(jnp.float32, silu, name="out_norm")(x)
         outputs = 2 * self.in_dim if self.learned_variance else self.in_dim
         x = nn.Dense(self.patch_size**2 * outputs, kernel_init=nn.initializers.zeros, name="out")(x)

@@ -88,7 +88,10 @@ def apply_to(config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels:
     """The run's network as predict(x_t, t), for images of these labels, of which NUM_CLASSES or None is of no class; where the
     run is not conditional they do not matter."""
     labels = labels if config.conditional else None
-    network = lambda x_t, t: make_network(config).apply({"params": params}, x_t, t, labels)  # noqa: E731
+
+    def network(x_t, t):
+        return make_network(config).apply({"params": params}, x_t, t, labels)
+
     return dj.normalized(schedule, network, config.time_input)
 
 

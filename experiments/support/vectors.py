@@ -52,7 +52,10 @@ def set_up(
 
     def loss_fn(params, x_0, keys):
         predict = dj.normalized(schedule, partial(network.apply, {"params": params}), time)
-        between_rows = lambda key: schedule.num_timesteps * jax.random.uniform(jax.random.fold_in(key, 2), (), jnp.float32)  # noqa: E731
+
+        def between_rows(key):
+            return schedule.num_timesteps * jax.random.uniform(jax.random.fold_in(key, 2), (), jnp.float32)
+
         t = jax.vmap(between_rows)(keys) if time == "log_snr" else None
         return dj.diffusion_loss(schedule, predict, x_0, keys, target_type, t=t)
 
