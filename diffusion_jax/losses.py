@@ -5,7 +5,7 @@ uniform on 1..T, or has a density: a table of probabilities of t = 1..T, from wh
 
     uniform
     log_normal     log(noise / signal) ~ N(-1.2, 1.2^2)                             [Karras et al. 2022, table 1]
-    logit_normal   log(t / (T - t)) ~ N(0, 1)                                       [Esser et al. 2024, sec. 3.1]
+    logit_normal   log(t / (T - t)) ~ N(0, 1), a quarter uniform                    [Esser et al. 2024, sec. 3.1]
     importance     of least variance for the variational bound (likelihood.py)      [Nichol & Dhariwal 2021, sec. 3.3]
 """
 
@@ -120,6 +120,7 @@ def draw_time_and_noise(
 def time_density(schedule: NoiseSchedule, density: str) -> Float[np.ndarray, " T"]:
     """The probabilities of t = 1..T: "uniform", "log_normal", "logit_normal" or "importance", as above.
 
+    Without the quarter that is uniform, "logit_normal" would never train the largest t, where sampling starts.
     "importance" is in proportion to the mean of each term of the variational bound, which is known beforehand for the best
     network for data N(0, I), and a tenth is spread over all t. [Nichol & Dhariwal 2021, eq. 18] take the root of each term's
     mean square, followed during training. Raises ValueError on an unknown density.
@@ -134,11 +135,11 @@ def time_density(schedule: NoiseSchedule, density: str) -> Float[np.ndarray, " T
         expected = np.append(max(last, 0), np.log(unknown[1:] / w[1:]) / 2)
         return 0.9 * expected / expected.sum() + 0.1 / len(expected)
     if density == "log_normal":
-        log_sigma = np.log(schedule.sigma[1:])
+        log_sigma, share = np.log(schedule.sigma[1:]), 0.0
         edges = ((log_sigma[1:] + log_sigma[:-1]) / 2 - LOG_SIGMA_MEAN) / LOG_SIGMA_DEVIATION
     else:
-        edges = logit((times[1:] - 0.5) / schedule.num_timesteps)
-    return np.diff(ndtr(np.concatenate([[-np.inf], edges, [np.inf]])))
+        edges, share = logit((times[1:] - 0.5) / schedule.num_timesteps), 0.25
+    return (1 - share) * np.diff(ndtr(np.concatenate([[-np.inf], edges, [np.inf]]))) + share / len(times)
 
 
 def draw_times(probabilities: Float[np.ndarray, " T"], u: Float[Array, " B"]) -> Int[Array, " B"]:

@@ -28,6 +28,7 @@ SUITES = {  # the quickest to notice first
     "solvers": "peers sampling paths",
     "likelihood": "likelihood flow_likelihood",
     "editing": "editing",
+    "optimizers": "optimizers",
 }
 OPERATORS = {
     ast.Add: ast.Sub,
