@@ -27,11 +27,10 @@ from support.machine import prepare_machine, random_key
 from support.saved_run import solver_table
 
 CALLS, BATCH = 20, 250
-BASE = {"batch_size": 64, "precision": "bfloat16"}
 ROWS = {
     "small": {},
-    "with Adam": {"optimizer": "adam"},
-    "with twice the learning rate": {"learning_rate": 4e-3},
+    "with Adam at half the learning rate": {"optimizer": "adam", "learning_rate": 2e-3},
+    "with half the learning rate": {"learning_rate": 2e-3},
     "with times uniform": {"time_density": "uniform", "stratified": False},
     "with min-SNR weights": {"loss_weighting": "min_snr"},
     "predicting v": {"target_type": "pred_v"},
@@ -56,18 +55,20 @@ def main() -> None:
     real, _ = describe(train.images[np.random.default_rng(0).permutation(len(train.images))[: args.num_samples]])
 
     out = Path(args.out)
-    budget = {"iterations": args.iterations, "num_samples": args.num_samples}
+    budget = {"num_samples": args.num_samples, "iterations": args.iterations}
     runs = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = [run for run in runs if budget.items() <= run.items()]
     for seed in range(args.seeds):
         for name in args.recipes:
-            if any((run["name"], run["seed"]) == (name, seed) for run in done):
+            options = ROWS[name] | {"precision": "bfloat16", "iterations": args.iterations, "seed": seed}
+            config = dataclasses.replace(PRESETS["small"], **options)
+            saved = json.loads(json.dumps(dataclasses.asdict(config)))
+            if any(run["config"] == saved for run in done):
                 continue
-            config = dataclasses.replace(PRESETS["small"], **BASE, **ROWS[name], iterations=args.iterations, seed=seed)
             samples, seconds = trained_samples(config, train, args.num_samples)
             features, _ = describe(to_bytes(samples))
             distances = {space: frechet_distance(real[space], features[space]) for space in features}
-            run = {"name": name, "seed": seed, **budget, "seconds": seconds, "distances": distances}
+            run = {"name": name, **budget, "config": saved, "seconds": seconds, "distances": distances}
             done.append(run)
             with out.open("a") as file:
                 print(json.dumps(run), file=file)

@@ -23,6 +23,7 @@ divided by log 2, unless a function says nats.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -167,11 +168,8 @@ def flow_log_density(
 
     def rate(row):
         x_t, t, signal_t = row
-
-        def x_0_hat(x):
-            return with_fraction(denoise(x, jnp.full(len(x), t, jnp.float32)))[0]
-
-        return x_0[0].size - signal_t * _trace(x_0_hat, x_t, keys, probes)
+        t = jnp.full(len(x_t), t, jnp.float32)
+        return x_0[0].size - signal_t * _trace(lambda x: with_fraction(denoise(x, t))[0], x_t, keys, probes)
 
     columns = (jnp.asarray(column, jnp.float32) for column in (times, signal))
     rates = jax.lax.map(rate, (path, *columns))
@@ -191,11 +189,8 @@ def _trace(fn: Callable[[Array], Array], x: Array, keys: Array, probes: int | No
     if probes is None:
         basis = jnp.eye(x[0].size, dtype=x.dtype).reshape(-1, 1, *x.shape[1:])
         return jax.lax.map(lambda unit: along(jnp.broadcast_to(unit, x.shape)), basis).sum(0)
-
-    def signs(key):
-        return jax.random.rademacher(key, (probes, *x.shape[1:]), x.dtype)
-
-    return jax.lax.map(along, jnp.moveaxis(jax.vmap(signs)(keys), 1, 0)).mean(0)
+    signs = jax.vmap(partial(jax.random.rademacher, shape=(probes, *x.shape[1:]), dtype=x.dtype))(keys)
+    return jax.lax.map(along, jnp.moveaxis(signs, 1, 0)).mean(0)
 
 
 def flow_bits(

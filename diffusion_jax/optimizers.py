@@ -1,8 +1,8 @@
 """Adam [Kingma & Ba 2015] and Muon [Jordan et al. 2024], with a learning rate that falls to zero.
 
 Muon replaces the momentum G = U S V^T of each matrix by about U V^T, so that all its directions learn at the same rate. Five
-Newton-Schulz steps X <- X (a I + b X^T X + c (X^T X)^2) take the singular values of X = G / |G| to 0.7..1.2. All of them are
-polynomials in X^T X, so here the small square matrix is iterated and X is multiplied once.
+Newton-Schulz steps X <- X (a I + b X^T X + c (X^T X)^2) take the singular values of X = G / |G| above 1 / 700 to 0.7..1.2.
+All of them are polynomials in X^T X, so here the small square matrix is iterated and X is multiplied once.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 STEPS, MOMENTUM = 5, 0.95
 RMS = 0.2  # of an update before the learning rate, about Adam's, so that both share one [Liu et al. 2025]
-ADAM_LAYERS = ("stem", "out", "label", "position")
+ADAM_LAYERS = ("stem", "out")
 
 
 def cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.Schedule:
@@ -37,7 +37,10 @@ def adam_with_cosine_decay(learning_rate: float, iterations: int, warmup: int = 
 
 
 def muon_with_cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.GradientTransformation:
-    """Muon for the kernels, and Adam for biases, norms, embeddings and the first and last layers, at one learning rate."""
+    """Muon for parameters named "kernel", and Adam for all others and for the layers "stem" and "out", at one learning rate.
+
+    The layers are the first and last of `UNet` and `DiT`, at the top of the parameters.
+    """
     schedule = cosine_decay(learning_rate, iterations, warmup)
     muon = optax.chain(scale_by_muon(), optax.scale_by_learning_rate(schedule))
     return optax.multi_transform({"muon": muon, "adam": optax.adam(schedule)}, _method_of_each)
@@ -86,6 +89,7 @@ def _method_of_each(params: PyTree) -> PyTree:
     """ "muon" or "adam" for each parameter."""
 
     def method(path, x):
-        return "adam" if x.ndim < 2 or path[0].key in ADAM_LAYERS else "muon"
+        names = [getattr(key, "key", None) for key in path if getattr(key, "key", None) != "params"]
+        return "muon" if names and names[-1] == "kernel" and names[0] not in ADAM_LAYERS and x.ndim > 1 else "adam"
 
     return jax.tree_util.tree_map_with_path(method, params)

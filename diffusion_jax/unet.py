@@ -23,7 +23,8 @@ class UNet(nn.Module):
     and width, whose pixels are channels. `dtype` is what the layers compute in; parameters, normalization statistics and the
     output are float32. With `num_classes`, each example has a label (see `embed_condition`).
 
-    Raises ValueError if x_t is no image, or its height or width is not a multiple of patch_size 2^(len(dim_scales) - 1).
+    Raises ValueError if `patch_size` is less than 1, x_t is no image, or its height or width is not a multiple of
+    patch_size 2^(len(dim_scales) - 1).
     """
 
     in_dim: int
@@ -42,6 +43,8 @@ class UNet(nn.Module):
         block, dense = partial(ResidualBlock, dtype=self.dtype), partial(Dense, dtype=self.dtype)
         widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
         levels = range(len(self.dim_scales))
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
         check_image(x_t.shape, self.patch_size * 2 ** (len(levels) - 1))
         time = embed_condition(t, labels, self.embed_dim, 4 * self.embed_dim, self.num_classes, self.dtype)
         x = first = dense(self.embed_dim, name="stem")(to_patches(x_t, self.patch_size))

@@ -93,6 +93,10 @@ WRONG = {
         lambda: dj.UNet(1, 4, (1, 1, 1)).init(KEYS[0], jnp.zeros((1, 6, 6, 1)), T[:1]),
         r"multiples of 4, got 6x6",
     ),
+    "a patch without pixels": (
+        lambda: dj.UNet(1, 4, (1,), patch_size=0).init(KEYS[0], jnp.zeros((1, 4, 4, 1)), T[:1]),
+        r"patch_size must be at least 1, got 0",
+    ),
     "an odd embedding": (lambda: dj.MLP(2, 5).init(KEYS[0], X, T), r"even embed_dim of at least 4, got 5"),
     "an image without channels": (
         lambda: dj.UNet(1, 4, (1,)).init(KEYS[0], jnp.zeros((1, 4, 4)), T[:1]),

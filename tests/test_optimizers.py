@@ -40,29 +40,36 @@ def test_muon_is_optaxs():
     """optax iterates the whole matrix, this project its Gram matrix. Other parameters, and the outer layers, are Adam's."""
     shapes = {
         "stem": {"kernel": (4, 8)},
-        "block": {"conv": (3, 3, 4, 8), "down": (24, 8), "up": (8, 24), "bias": (8,)},
-        "attention": {"qkv": (16, 3, 4, 4)},
+        "conv": {"kernel": (3, 3, 4, 8), "bias": (8,)},
+        "down": {"kernel": (24, 8)},
+        "up": {"kernel": (8, 24)},
+        "attention": {"qkv": {"kernel": (16, 3, 4, 4), "bias": (3, 4, 4)}, "out": {"kernel": (16, 16)}},
         "out": {"kernel": (8, 4)},
         "position": (1, 6, 8),
         "label": {"embedding": (11, 8)},
     }
     is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
     params = jax.tree.map(lambda shape: jnp.asarray(matrix(*shape)), shapes, is_leaf=is_shape)
-    into_columns = {"conv": MuonDimensionNumbers((0, 1, 2), 3), "down": MuonDimensionNumbers(), "up": MuonDimensionNumbers()}
-    dimensions = jax.tree.map(lambda _: None, shapes, is_leaf=is_shape) | {
-        "block": into_columns | {"bias": None},
-        "attention": {"qkv": MuonDimensionNumbers(0, (1, 2, 3))},
+    none = jax.tree.map(lambda _: None, shapes, is_leaf=is_shape)
+    dimensions = none | {
+        "conv": {"kernel": MuonDimensionNumbers((0, 1, 2), 3), "bias": None},
+        "down": {"kernel": MuonDimensionNumbers()},
+        "up": {"kernel": MuonDimensionNumbers()},
+        "attention": {
+            "qkv": {"kernel": MuonDimensionNumbers(0, (1, 2, 3)), "bias": None},
+            "out": {"kernel": MuonDimensionNumbers()},
+        },
     }
-    theirs = optax.contrib.muon(
-        dj.cosine_decay(0.1, 8), consistent_rms=0.2, muon_weight_dimension_numbers=dimensions, adam_b2=0.999
-    )
-    ours = dj.muon_with_cosine_decay(0.1, 8)
-    grads = jax.tree.map(jnp.sin, params)
+    theirs = optax.contrib.muon(dj.cosine_decay(0.1, 8), consistent_rms=0.2, muon_weight_dimension_numbers=dimensions)
     adam = optax.adam(dj.cosine_decay(0.1, 8))
-    mine, expected, of_adam = (rule.update(grads, rule.init(params), params)[0] for rule in (ours, theirs, adam))
-    of_adam["block"] |= {name: expected["block"][name] for name in into_columns}
-    expected = of_adam | {"attention": expected["attention"]}
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), mine, expected)
+    grads = jax.tree.map(jnp.sin, params)
+    expected, of_adam = (rule.update(grads, rule.init(params), params)[0] for rule in (theirs, adam))
+    is_one = lambda x: x is None or isinstance(x, MuonDimensionNumbers)  # noqa: E731
+    expected = jax.tree.map(lambda d, x, y: y if d is None else x, dimensions, expected, of_adam, is_leaf=is_one)
+    for tree in (lambda x: x, lambda x: {"params": x}):  # what network.init returns
+        rule = dj.muon_with_cosine_decay(0.1, 8)
+        mine = rule.update(tree(grads), rule.init(tree(params)), tree(params))[0]
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), mine, tree(expected))
     assert all(float(jnp.abs(x).max()) > 1e-3 for x in jax.tree.leaves(mine))
 
 
@@ -82,3 +89,10 @@ def test_adam_decays_along_a_half_cosine():
         update, state = optimizer.update(jnp.ones(1), state, params)
         moves.append(float(update[0]))
     np.testing.assert_allclose(moves, -0.05 * (1 + np.cos(np.pi * np.arange(5) / 4)), atol=1e-6)
+
+
+@pytest.mark.parametrize("params", [[jnp.ones((2, 2))], jnp.ones((2, 2)), {"w": jnp.ones((2, 2))}])
+def test_parameters_that_are_not_a_networks_are_trained_by_adam(params):
+    mine, adam = (make(0.1, 8) for make in (dj.muon_with_cosine_decay, dj.adam_with_cosine_decay))
+    updates = [rule.update(params, rule.init(params), params)[0] for rule in (mine, adam)]
+    jax.tree.map(np.testing.assert_array_equal, *updates)

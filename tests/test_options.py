@@ -16,6 +16,7 @@ from support import model, vectors
 from support.batches import training_step
 from support.config import Config, check
 from support.saved_run import Sampler, open_run, solver_table
+from support.workdir import ADDED
 
 CONFIG = Config(embed_dim=4, dim_scales=(1,), batch_size=8, num_timesteps=12, iterations=8)
 COMBINATIONS = [
@@ -90,7 +91,7 @@ def test_times_depend_on_these_numbers_only_if_stratified(stratified):
 
 def test_a_run_of_an_older_version_is_read_as_what_it_was(tmp_path):
     saved = dataclasses.asdict(CONFIG)
-    for name in ("time_input", "time_density", "stratified", "network", "depth", "patch_size"):
+    for name in ADDED:
         del saved[name]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert open_run(tmp_path).config == CONFIG

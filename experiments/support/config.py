@@ -19,7 +19,7 @@ from support.machine import warn_of_emulated
 @dataclasses.dataclass(frozen=True)
 class Run:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """paper: published recipe. improved: see docs/quality.md. small: for a CPU. auto: small on a CPU, paper elsewhere."""
+    """paper: published recipe. improved: paper with Muon (not measured). small: for a CPU. auto: small on a CPU, else paper."""
     workdir: str = "runs/mnist"
     """Where the run is kept. The same command continues it."""
     seed: int = 0
@@ -67,9 +67,9 @@ class Diffusion:
     time_input: Literal["t", "log_snr"] = "t"
     """The time input of the network; with log_snr it can also sample on other paths (from Python)."""
     time_density: TimeDensity = "uniform"
-    """The distribution of t in training; the bound has its own."""
+    """The distribution of t in training with l2 and l1; hybrid and bound have their own."""
     stratified: bool = False
-    """Spread the t of a batch evenly over that distribution; the bound does not."""
+    """Spread the t of a batch evenly over that distribution."""
     sigma_type: SigmaType = "upper_bound"
     """The variance of ancestral sampling; learned goes with hybrid and bound losses, and not with pred_x_0."""
     loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"

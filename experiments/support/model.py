@@ -60,7 +60,8 @@ def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
         "hybrid": partial(dj.hybrid_loss, weight=weight),
         **{name: partial(dj.diffusion_loss, loss_type=name, weight=weight) for name in ("l2", "l1")},
     }
-    drawn_by_keys = config.time_density == "uniform" and not config.stratified
+    # the bound within the hybrid loss is right for uniform t only
+    drawn_by_keys = config.loss_type == "hybrid" or (config.time_density == "uniform" and not config.stratified)
     probabilities = time_density(schedule, config.time_density)
 
     def loss_fn(params, batch, keys):
