@@ -31,7 +31,7 @@ class Config(vectors.Config):
     embed_dim: int = 96
     learning_rate: float = 1e-3
     workdir: str = "runs/coins"
-    """Where the run is kept. The same command continues it."""
+    """Folder of the run. Repeat the command to continue it."""
 
 
 def draw_coins(key: Key[Array, ""]) -> Float[Array, " 48"]:

@@ -43,21 +43,21 @@ SAMPLERS = {
 @dataclasses.dataclass(frozen=True)
 class Config:
     workdir: str = "runs/mnist"
-    """The folder of the run; samplers.json and samplers.png are written there."""
+    """Folder of the run, where samplers.json and samplers.png are written."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """best is the one after the interval with the lowest mean training loss."""
+    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None
-    """A TFDS directory; by default TFDS's own."""
+    """TFDS data directory; by default TFDS's own."""
     num_samples: int = 2000
-    """N, of generated and of training images alike."""
+    """Number of generated images, and of training images to compare them with."""
     calls: tuple[int, ...] = (5, 10, 20, 50)
-    """Numbers of network calls, each for every sampler; Heun's method takes one or two fewer."""
+    """Numbers of network calls to measure each sampler at. Heun's method takes one or two fewer."""
     spacing: Spacing | None = None
-    """As in sample.py."""
+    """See sample.py --help."""
     all_steps: bool = False
-    """Ancestral sampling of the upper bound with all T steps as well."""
+    """Also measure ancestral sampling (upper bound) with all T steps."""
     seed: int = 0
-    """Of the samples, and of which images they are compared with."""
+    """Random seed."""
 
 
 def main() -> None:

@@ -39,25 +39,25 @@ SAMPLERS_FOR = {  # rounds of inpainting need the noise of the step; a way back 
 @dataclasses.dataclass(frozen=True)
 class Config:
     what: Literal["inpaint", "interpolate", "image-to-image"] = "inpaint"
-    """What to do."""
+    """Kind of edit."""
     workdir: str = "runs/mnist"
-    """The folder of the run."""
+    """Folder of the run."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """best is the one after the interval with the lowest mean training loss."""
+    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None
-    """A TFDS directory; by default TFDS's own."""
+    """TFDS data directory; by default TFDS's own."""
     num_images: int = 6
-    """The first images of the test split."""
+    """Number of test images to edit."""
     sampling_timesteps: int | None = None
-    """Network calls from noise to image; by default 100, or all T of the run if they are fewer."""
+    """Network calls from noise to image; by default min(100, T)."""
     sampler: Sampler | None = None
-    """As in sample.py; by default ddim to interpolate, and ancestral for the rest."""
+    """See sample.py --help. By default ddim to interpolate, ancestral otherwise."""
     spacing: Spacing | None = None
-    """As in sample.py."""
+    """See sample.py --help."""
     seed: int = 0
-    """Of the noise."""
+    """Random seed."""
     out: str | None = None
-    """A .png; by default named after what is done."""
+    """Output .png; by default named after the edit."""
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def make_draw(run: SavedRun, params: PyTree, key: Array) -> Callable:
-    """draw(table, count, start=None, known=0, given=False) -> images, from noise or from `start`, and `known` where `given`."""
+    """draw(table, count, start=None, known=0, given=False) -> images, from noise or `start`, with `known` where `given`."""
 
     @jax.jit
     def compiled(params, table, keys, start, known, given):
@@ -105,7 +105,7 @@ def make_draw(run: SavedRun, params: PyTree, key: Array) -> Callable:
 def inpaint(
     draw: Callable, schedule: dj.NoiseSchedule, table: dj.SamplerTable, x_0: Float[Array, "B H W C"], key: Array
 ) -> list[Array]:
-    """The left half is given."""
+    """Complete the left half of each image, in several ways."""
     given = (jnp.arange(x_0.shape[2]) < x_0.shape[2] // 2)[None, None, :, None]
     table, ways = dj.resampled(schedule, table, ROUNDS), jnp.tile(x_0, (WAYS, 1, 1, 1))
     return [x_0, jnp.where(given, x_0, -0.5), *jnp.split(draw(table, len(ways), None, ways, given), WAYS)]
@@ -114,7 +114,7 @@ def inpaint(
 def interpolate(
     draw: Callable, schedule: dj.NoiseSchedule, table: dj.SamplerTable, x_0: Float[Array, "B H W C"], key: Array
 ) -> list[Array]:
-    """Each image and the next, as noise; points between them on the sphere; and these as images."""
+    """Encode each image and the next as noise, interpolate on the sphere, and decode."""
     times = np.append(np.unique(table.t)[::-1], 0.0)  # Heun's are there twice
     noise = draw(dj.encoding_table(schedule, times), len(x_0), x_0)
     pairs = list(zip(noise, jnp.roll(noise, -1, 0), strict=True))
@@ -125,7 +125,7 @@ def interpolate(
 def image_to_image(
     draw: Callable, schedule: dj.NoiseSchedule, table: dj.SamplerTable, x_0: Float[Array, "B H W C"], key: Array
 ) -> list[Array]:
-    """The image noised to a share of the timesteps, and denoised from there."""
+    """Noise each image to a fraction of the timesteps, and denoise it from there."""
     columns, eps = [x_0], jax.random.normal(key, x_0.shape, x_0.dtype)
     for share in NOISE:
         rest = dj.part_way(table, round(share * schedule.num_timesteps))

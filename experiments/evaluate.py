@@ -36,29 +36,29 @@ FLOW_STEPS, FLOW_BATCH, CONVERGED = (32, 64, 128, 256, 512), 50, 0.01  # bits pe
 @dataclasses.dataclass(frozen=True)
 class Config:
     workdir: str = "runs/mnist"
-    """The folder of the run; evaluation.json and bound.png are written there."""
+    """Folder of the run, where evaluation.json and bound.png are written."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """best is the one after the interval with the lowest mean training loss."""
+    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None
-    """A TFDS directory; by default TFDS's own."""
+    """TFDS data directory; by default TFDS's own."""
     num_samples: int = 10_000
-    """N, of generated images, of training images and of test images alike (fewer where there are fewer)."""
+    """Number of generated, training and test images to compare (fewer if the data set has fewer)."""
     sampling_timesteps: int | None = None
-    """Network calls for each sample; by default 50, or all T of the run if they are fewer."""
+    """Network calls for each sample; by default min(50, T)."""
     sampler: Sampler = "ancestral"
-    """As in sample.py."""
+    """See sample.py --help."""
     spacing: Spacing | None = None
-    """As in sample.py."""
+    """See sample.py --help."""
     eta: float = 0.0
-    """For ddim, dpm_solver and dpm_solver_3m: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
+    """Noise of ddim, dpm_solver and dpm_solver_3m: 0 is deterministic, 1 is that of ancestral sampling (lower bound)."""
     guidance_scale: float = 1.0
-    """For a run with --conditional, of which the ten classes are drawn in turn."""
+    """Classifier-free guidance scale, for conditional runs; their samples cycle through the ten classes."""
     bound_images: int = 20
-    """Test images at each t, for the variational bound, and ten times as many at t <= 10; 0 leaves it out."""
+    """Test images for each t of the variational bound (ten times as many at t <= 10); 0 skips the bound."""
     likelihood_images: int = 0
-    """Test images for the likelihood by the probability flow; 0 leaves it out."""
+    """Test images for the likelihood by the probability flow; 0 skips it."""
     seed: int = 0
-    """Of the samples, and of which images they are compared with."""
+    """Random seed."""
 
 
 def main() -> None:
@@ -101,8 +101,10 @@ def main() -> None:
 
 
 def bound(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> tuple[Float[np.ndarray, " T+1"], float]:
-    """The terms of the variational bound, L_0, ..., L_{T-1} and L_T, and the standard error of their sum, by images drawn at
-    random for each of them; in bits per dimension of a 28x28 image. Of a conditional run, given the class."""
+    """The terms L_0, ..., L_T of the variational bound and the standard error of their sum, in bits per dimension (28x28).
+
+    Each term is estimated on test images drawn for it; conditional runs are given the class.
+    """
     options, schedule = run.config, run.schedule
     sigma_type = "lower_bound" if options.sigma_type == "zero" else options.sigma_type
     key = random_key(config.seed)
@@ -123,7 +125,7 @@ def bound(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> tup
 
 
 def exact_likelihood(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> dict[str, Any]:
-    """Bits per dimension of a 28x28 image by the probability flow, at more and more steps until two numbers of them agree.
+    """Bits per dimension of 28x28 pixels by the probability flow; the number of steps doubles until two results agree.
 
     Without two that agree to within CONVERGED, flow_bits_per_dim is None and a line says so. Given the class in a conditional
     run.

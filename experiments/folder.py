@@ -36,31 +36,31 @@ SAMPLING_TIMESTEPS = 50
 @dataclasses.dataclass(frozen=True)
 class Config:
     folder: str
-    """Where the images are, in it or in folders below it."""
+    """Folder that is searched for images, with its subfolders."""
     size: int = 32
-    """Height and width to which they are cut and scaled."""
+    """Height and width to which images are cropped and scaled."""
     iterations: int = 2000
-    """Training steps."""
+    """Number of training steps."""
     batch_size: int = 32
-    """Images a step, over all devices."""
+    """Images in a training step, over all devices."""
     embed_dim: int = 16
-    """Channels of the first and the last layers; with a GPU, 64 or more."""
+    """Channels of the first and last layers. With a GPU, use 64 or more."""
     dim_scales: tuple[int, ...] = (1, 2, 4, 8)
     """Channels after each level, as multiples of embed_dim; the image is halved between levels."""
     num_timesteps: int = 500
-    """T, the steps of the forward process."""
+    """Number T of steps of the forward process."""
     learning_rate: float = 2e-3
-    """Adam's, at the start of its cosine decay."""
+    """Adam's learning rate at the start of its cosine decay."""
     seed: int = 0
-    """Of all that is random."""
+    """Random seed."""
     workdir: str = "runs/folder"
-    """Where the run is kept. The same command continues it."""
+    """Folder of the run. Repeat the command to continue it."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     sample_every: int = 500
-    """Steps between pictures of samples; 0 for none."""
+    """Steps between sample grids; 0 for none."""
     num_samples: int = 16
-    """Samples in each picture."""
+    """Samples in each grid."""
 
 
 def main() -> None:

@@ -25,13 +25,13 @@ from support.machine import prepare_machine
 @dataclasses.dataclass(frozen=True)
 class Config:
     samples: str
-    """A .npy of float32 [N, 32, 32, 1] in [-1, 1], as sample.py writes it; beside x.npy goes x.judged.json."""
+    """A .npy of float32 [N, 32, 32, 1] in [-1, 1], such as sample.py writes. Results go to x.judged.json beside x.npy."""
     dataset: DatasetName = "auto"
-    """What they should look like."""
+    """Data set to compare with."""
     data_dir: str | None = None
-    """A TFDS directory; by default TFDS's own."""
+    """TFDS data directory; by default TFDS's own."""
     seed: int = 0
-    """Seed of the draws of training images that they are compared with."""
+    """Random seed of the draws of training images."""
 
 
 def main() -> None:

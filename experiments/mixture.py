@@ -34,7 +34,7 @@ NUM_SHOWN = 2000
 @dataclasses.dataclass(frozen=True)
 class Config(vectors.Config):
     workdir: str = "runs/mixture"
-    """Where the run is kept. The same command continues it."""
+    """Folder of the run. Repeat the command to continue it."""
 
 
 def draw_mixture(key: Key[Array, ""]) -> Float[Array, " 2"]:

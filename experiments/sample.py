@@ -23,27 +23,27 @@ from support.saved_run import Sampler, check_guidance, open_run, sampler_table
 @dataclasses.dataclass(frozen=True)
 class Config:
     workdir: str = "runs/mnist"
-    """The folder of the run."""
+    """Folder of the run."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """best is the one after the interval with the lowest mean training loss."""
+    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     num_samples: int | None = None
-    """By default 64, or one for each label."""
+    """Number of samples; by default 64, or one for each label."""
     labels: tuple[int, ...] = ()
-    """The classes to draw, in turn, from a run with --conditional; by default all of them."""
+    """Classes to cycle through, for conditional runs; by default all."""
     guidance_scale: float = 1.0
-    """How much a sample keeps to its class, where 1 is what the network has learned, and more is truer and less varied."""
+    """Classifier-free guidance scale. 1 is no guidance; more gives clearer and less varied samples."""
     sampling_timesteps: int | None = None
-    """Network calls for each sample; by default all T of the run."""
+    """Network calls for each sample; by default T."""
     sampler: Sampler = "ancestral"
-    """Ancestral sampling has the variance that the run was configured with; dpm_solver is DPM-Solver++(2M)."""
+    """Solver. ancestral uses the run's --sigma-type; dpm_solver is DPM-Solver++(2M)."""
     spacing: Spacing | None = None
-    """Evenly in t, in the log-SNR, by the rule of Karras et al. (2022), or as in flow; by default flow for unipc, or time."""
+    """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow; by default flow (unipc) or time."""
     eta: float = 0.0
-    """For ddim, dpm_solver and dpm_solver_3m: 0 is deterministic, 1 has the noise of lower_bound ancestral sampling."""
+    """Noise of ddim, dpm_solver and dpm_solver_3m: 0 is deterministic, 1 is that of ancestral sampling (lower bound)."""
     seed: int = 0
-    """Of the samples."""
+    """Random seed."""
     out: str = "samples.png"
-    """A .png is a grid, a .npy is float32 [N, 32, 32, 1] in [-1, 1]."""
+    """Output file: .png for a grid, .npy for float32 [N, 32, 32, 1] in [-1, 1]."""
 
 
 def main() -> None:

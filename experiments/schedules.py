@@ -17,9 +17,9 @@ from support.model import SCHEDULES
 @dataclasses.dataclass(frozen=True)
 class Config:
     num_timesteps: int = 500
-    """T, the steps of the forward process."""
+    """Number T of steps of the forward process."""
     out: str = "schedules.png"
-    """A .png."""
+    """Output .png."""
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from diffusion_jax.training import replicate
 def make_step(
     loss_fn: Callable, data: PyTree, key: Key[Array, ""], seed: int, batch_size: int, ema_decay: float
 ) -> Callable[[dj.TrainState, int], tuple[dj.TrainState, dict[str, Array]]]:
-    """step(state, number) -> (state, metrics), on all devices; the batch is rows of the arrays `data`, chosen by `seed`."""
+    """step(state, number) -> (state, metrics), on all devices. A batch is rows of the arrays `data`, shuffled by `seed`."""
     step = training_step(loss_fn, key, batch_size, ema_decay)
     compiled = dj.over_devices(step, (None, None, 0, 0), None, jax.devices(), donate_argnums=(0,))
     count, examples = len(jax.tree.leaves(data)[0]), jnp.arange(batch_size, dtype=jnp.int32)
@@ -42,7 +42,7 @@ def training_step(loss_fn: Callable, key: Key[Array, ""], batch_size: int, ema_d
 
 
 def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int[np.ndarray, " batch_size"]:
-    """Which examples make up the batch of `step`: each epoch is a fresh permutation, a pure function of (seed, epoch).
+    """Indices of the batch of `step`. Each epoch is a permutation that depends on (seed, epoch) alone.
 
     Raises ValueError where there are no examples.
     """

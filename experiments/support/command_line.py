@@ -36,7 +36,7 @@ warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def parse_command_line(default: Config, description: str | None, args: Sequence[str] | None = None) -> Config:
-    """The config that the command line asks for, starting from `default`; a wrong option exits with one line."""
+    """The config given on the command line, with the defaults of `default`. Exits with one line on a wrong option."""
     messages = io.StringIO()
     description = description and description.replace("\npython", "\n\npython")  # a paragraph each, which tyro keeps apart
     if os.environ.get("NO_COLOR"):  # https://no-color.org, of which tyro knows only the other way to say it
@@ -56,7 +56,7 @@ def parse_command_line(default: Config, description: str | None, args: Sequence[
 
 
 def _in_groups(config: Any) -> Any:
-    """A config whose class has several bases as one field for each of them, which --help shows as a group."""
+    """A config with one field for each base class of `config`, which --help shows as a group."""
     bases = type(config).__bases__[::-1]
     if len(bases) == 1:
         return config
@@ -66,7 +66,7 @@ def _in_groups(config: Any) -> Any:
 
 
 def _first_paragraph(box: str) -> str:
-    """The message in the box that tyro draws, on one line."""
+    """The first paragraph of tyro's error box, on one line."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
     end = next((i for i, line in enumerate(lines) if line.startswith(("─", "╰"))), len(lines))
     return " ".join(line for line in lines[:end] if line)
@@ -74,7 +74,7 @@ def _first_paragraph(box: str) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For the set-up of a run: what the person can mend becomes one line, and status 2."""
+    """Turn errors that the user can fix into one line and exit status 2."""
     try:
         yield
     except (ValueError, OSError, DataUnavailable) as error:
@@ -91,7 +91,7 @@ def stop_with(message: str) -> NoReturn:
 
 
 def check_values(config: Any) -> None:
-    """Raise ValueError on the first value that is not among the ALLOWED of its name."""
+    """Raise ValueError on the first value that ALLOWED does not permit."""
     for name, value in vars(config).items():
         if name in ALLOWED:
             holds, allowed = ALLOWED[name]
@@ -99,7 +99,7 @@ def check_values(config: Any) -> None:
 
 
 def check_output(out: Path, *suffixes: str) -> None:
-    """Raise ValueError unless `out` can be written, and ends in one of the suffixes; before the work, not after it."""
+    """Raise ValueError unless `out` can be written and ends in one of the suffixes."""
     require(out.suffix.lower() in suffixes, "out", out, f"a file that ends in {' or '.join(suffixes)}")
     require(out.parent.is_dir(), "out", out, "in a folder that exists")
     writable = os.access(out if out.exists() else out.parent, os.W_OK)
@@ -107,6 +107,6 @@ def check_output(out: Path, *suffixes: str) -> None:
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """Raise ValueError with one line that names the option, its value and what is allowed, unless `condition` holds."""
+    """Raise ValueError, naming the option, its value and what is allowed, unless `condition` holds."""
     if not condition:
         raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")

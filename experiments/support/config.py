@@ -1,4 +1,4 @@
-"""What a run of mnist.py may be: its options, the presets, and which values no run can have."""
+"""Options of a run of mnist.py, presets, and their validation."""
 
 import argparse
 import dataclasses
@@ -21,77 +21,77 @@ class Run:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
     """paper: published recipe. improved: paper with Muon (not measured). small: for a CPU. auto: small on a CPU, else paper."""
     workdir: str = "runs/mnist"
-    """Where the run is kept. The same command continues it."""
+    """Folder of the run. Repeat the command to continue it."""
     seed: int = 0
-    """Seed of the parameters, the order of the images, all noise and the samples."""
+    """Random seed."""
     distributed: bool = False
-    """Run as one of several processes that train together."""
+    """Train with several processes, of which this is one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     dataset: DatasetName = "auto"
-    """"auto" is MNIST, or scikit-learn's digits where MNIST is neither prepared nor within reach."""
+    """Data set. "auto" is MNIST, or scikit-learn's digits if MNIST cannot be downloaded."""
     data_dir: str | None = None
-    """A TFDS directory; by default TFDS's own."""
+    """TFDS data directory; by default TFDS's own."""
     conditional: bool = False
-    """Learn the classes, for samples of a class that is asked for."""
+    """Train a class-conditional network."""
     label_dropout: float = 0.1
-    """The share of images that a conditional run sees without their class, for guidance."""
+    """Fraction of images without a label in conditional training, for guidance."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
     network: Literal["unet", "dit"] = "unet"
-    """unet is the published network, dit a transformer of image patches (Peebles & Xie 2023)."""
+    """unet, or dit: a transformer of image patches (Peebles & Xie 2023)."""
     embed_dim: int = 128
-    """Channels: of a unet's first and last layers, of all layers of a dit."""
+    """Channels of the first and last layers of a unet, or of all layers of a dit."""
     dim_scales: tuple[int, ...] = (1, 2, 4, 8)
-    """unet: channels after each level, as multiples of embed_dim; the image is halved between levels."""
+    """unet: channels after each level, as multiples of embed_dim. Each level halves the resolution."""
     depth: int = 6
     """dit: number of blocks."""
     patch_size: Literal[1, 2, 4, 8] = 1
-    """Height and width of the patches of pixels that enter as one, such as 2 for a unet or 4 for a dit."""
+    """Height and width of the input patches in pixels; 4 is usual for a dit."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in; parameters are float32."""
+    """Precision of the network's layers; parameters are float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
     num_timesteps: int = 500
-    """T, the steps of the forward process."""
+    """Number T of steps of the forward process."""
     noise_schedule_type: Literal["linear", "cosine", "flow", "ve"] = "cosine"
-    """linear is that of Ho et al. (2020), cosine of Nichol & Dhariwal (2021), flow rectified flow, ve variance-exploding."""
+    """linear (Ho et al. 2020), cosine (Nichol & Dhariwal 2021), flow: rectified flow, ve: variance-exploding."""
     target_type: TargetType = "pred_x_0"
-    """What the network predicts; pred_u is flow's velocity, edm the network output of Karras et al. (2022)."""
+    """Prediction target. pred_u is flow's velocity, edm the network output of Karras et al. (2022)."""
     time_input: Literal["t", "log_snr"] = "t"
-    """The time input of the network; with log_snr it can also sample on other paths (from Python)."""
+    """Time input of the network. With log_snr it can also sample on other paths (from Python)."""
     time_density: TimeDensity = "uniform"
-    """The distribution of t in training with l2 and l1; hybrid and bound have their own."""
+    """Distribution of t in training with l2 and l1 losses; hybrid and bound have their own."""
     stratified: bool = False
-    """Spread the t of a batch evenly over that distribution."""
+    """Stratify t over each batch."""
     sigma_type: SigmaType = "upper_bound"
-    """The variance of ancestral sampling; learned goes with hybrid and bound losses, and not with pred_x_0."""
+    """Variance of ancestral sampling. learned needs a hybrid or bound loss and a target other than pred_x_0."""
     loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
-    """hybrid is l2 and the variational bound of learned variances, bound is the bound alone (Nichol & Dhariwal 2021)."""
+    """l2, l1, or for learned variances hybrid (l2 and the variational bound) or bound (Nichol & Dhariwal 2021)."""
     loss_weighting: Literal["none", "min_snr"] = "none"
-    """Of the timesteps, in all losses but the bound; min_snr is that of Hang et al. (2023)."""
+    """Weights of the timesteps, in all losses but the bound; min_snr is that of Hang et al. (2023)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
     iterations: int = 2000
-    """Training steps."""
+    """Number of training steps."""
     batch_size: int = 512
-    """Images a step, over all devices."""
+    """Images in a training step, over all devices."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """muon orthogonalizes the update of each matrix (Jordan et al. 2024), with adam for the other parameters."""
+    """adam, or muon for the kernels and adam for other parameters (Jordan et al. 2024)."""
     learning_rate: float = 1e-3
-    """The learning rate at the start of its cosine decay."""
+    """Learning rate at the start of its cosine decay."""
     warmup: int = 0
-    """Steps in which the learning rate rises from 0 to that, at most half of all."""
+    """Warm-up steps of the learning rate, at most half of all steps."""
     ema_decay: float = 0.0
-    """Decay of the average of the parameters that samples are drawn with; 0 uses the last parameters."""
+    """Decay of the parameters' moving average, which is used for sampling; 0 uses the last parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +99,16 @@ class Output:
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     sample_every: int = 500
-    """Steps between sample grids written during training; 0 for none."""
+    """Steps between sample grids during training; 0 for none."""
     sampling_timesteps: int | None = None
-    """Steps of the final figure's samples; by default all T."""
+    """Sampling steps of the final figure; by default T."""
     num_samples: int = 20
     """Samples in each grid and in the figure."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Output, Training, Diffusion, Network, Data, Run):
-    """All of them, flat. The classes are the groups of --help."""
+    """All options of a run. The base classes are the groups of --help."""
 
 
 MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples", "distributed"}
@@ -136,7 +136,7 @@ PRESETS = {
 
 
 def parse_run(description: str | None) -> Config:
-    """The config that the command line asks for, checked. Raises ValueError on a value that no run can have."""
+    """The config given on the command line. Raises ValueError on an invalid one."""
     preset = choose_preset(sys.argv[1:])
     config = dataclasses.replace(parse_command_line(PRESETS[preset], description), preset=preset)
     check(config)
@@ -153,7 +153,7 @@ def choose_preset(args: list[str]) -> str:
 
 
 def check(config: Config) -> None:
-    """Raise ValueError on the first value that no run can have."""
+    """Raise ValueError on the first invalid value or combination."""
     check_values(config)
     losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1")
     scaled = config.sigma_type != "learned" or config.target_type != "pred_x_0"

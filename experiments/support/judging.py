@@ -23,8 +23,10 @@ def judge(
     seed: int,
     asked: Int[np.ndarray, " N"] | None = None,
 ) -> dict[str, Any]:
-    """The samples, and as many test images, each compared with DRAWS times as many training images; `asked` are the samples'
-    classes. Where there are several draws, their values are a list."""
+    """Compare the samples, and as many test images, with DRAWS sets of as many training images.
+
+    `asked` are the requested classes of the samples. Values for the sets are a list.
+    """
     count = min(len(samples), len(test.images), len(train.images))
     rng = np.random.default_rng(seed)
     draws = [describe(train.images[rng.permutation(len(train.images))[:count]]) for _ in range(DRAWS)]
@@ -78,7 +80,7 @@ def to_bytes(samples: Float[np.ndarray, "N 32 32 1"]) -> UInt8[np.ndarray, "N 28
 
 
 def as_table(results: dict[str, Any]) -> str:
-    """Markdown; for what has several draws of training images, the mean and deviation over them."""
+    """The results as a Markdown table, with the mean and deviation over the draws of training images."""
     rows = [("", "generated", "test images"), ("---", "---", "---")]
     for name in results["test"]:
         pair = [results[key][name] for key in ("generated", "test")]

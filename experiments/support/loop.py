@@ -120,14 +120,14 @@ def is_late_write(error: Any) -> bool:
 
 
 def progress_bar(start: int, iterations: int) -> tqdm:
-    """The progress of a run, from the first process alone."""
+    """The progress bar, shown by the first process alone."""
     hidden: dict[str, Any] = {} if is_first_process() else {"disable": True}
     return tqdm(total=iterations, initial=start, unit="step", dynamic_ncols=True, **hidden)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM, as the first of them arrives; the second does what it always did."""
+    """A list to which the first SIGINT or SIGTERM is added; the second has its usual effect."""
     requests, before = [], {}
 
     def restore() -> None:

@@ -18,8 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def prepare_machine() -> None:
-    """Compiled programs are kept on disk for the next start; memory that a step frees is kept for the next step; random numbers
-    depend on seeds alone."""
+    """Cache compiled programs on disk, keep freed memory, and make random numbers depend on seeds alone."""
     keep_compiled_programs()
     if only_cpus():
         keep_freed_memory()
@@ -27,7 +26,7 @@ def prepare_machine() -> None:
 
 
 def only_cpus() -> bool:
-    """Whether JAX will run on a CPU, asked without starting it: it has no plugin for anything else, or is told so."""
+    """Whether JAX will run on a CPU, found without initializing it."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
     return not importlib.metadata.entry_points(group="jax_plugins") and not importlib.util.find_spec("libtpu")
@@ -81,7 +80,7 @@ def processor_flags() -> str:
 
 
 def warn_of_emulated(precision: str) -> None:
-    """Say where bfloat16 will be computed by way of float32, which is slower than float32 itself."""
+    """Warn if bfloat16 is emulated on this device, and slower than float32."""
     device = jax.devices()[0]
     old_gpu = re.fullmatch(r"[1-7]\.\d", str(getattr(device, "compute_capability", "")))  # Nvidia's before Ampere
     plain_cpu = device.platform == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"} & set(processor_flags().split())

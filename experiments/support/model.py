@@ -86,8 +86,7 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
 
 
 def apply_to(config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None) -> Predict:
-    """The run's network as predict(x_t, t), for images of these labels, of which NUM_CLASSES or None is of no class; where the
-    run is not conditional they do not matter."""
+    """predict(x_t, t) of the run's network for these labels. NUM_CLASSES or None means unconditional."""
     labels = labels if config.conditional else None
 
     def network(x_t, t):
@@ -99,7 +98,7 @@ def apply_to(config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels:
 def make_denoiser(
     config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None = None, guidance_scale: float = 1.0
 ) -> Denoise:
-    """The run's network as denoise(x_t, t), for images of these labels."""
+    """denoise(x_t, t) of the run's network for these labels, with x_0_hat clipped to [-1, 1]."""
     predict = apply_to(config, schedule, params, labels)
     if guidance_scale != 1:
         predict = dj.guided(predict, apply_to(config, schedule, params, None), guidance_scale)
@@ -136,5 +135,5 @@ def make_sampler(
 
 
 def labels_in_turn(config: Config, count: int) -> np.ndarray:
-    """0, 1, ..., 9, 0, 1, ... for a conditional run, and for another the label of no class."""
+    """Labels 0, 1, ..., 9, 0, 1, ... for a conditional run, or NUM_CLASSES for an unconditional one."""
     return np.arange(count) % NUM_CLASSES if config.conditional else np.full(count, NUM_CLASSES)

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def join_processes(args: Sequence[str]) -> None:
-    """With --distributed, find the run's other processes, before JAX looks for devices. Raises ValueError where it cannot.
+    """With --distributed, connect to the run's other processes, before JAX is initialized. Raises ValueError if that fails.
 
     SLURM, TPU pods, GKE and Open MPI say where they are; by hand, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID do. If one of the processes dies, JAX stops the others within HEARTBEAT_SECONDS or so.
@@ -54,7 +54,7 @@ def is_first_process() -> bool:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Every process leaves this block at the same time; if one fails in it, so do all, the others with a line that says so."""
+    """A block that all processes leave together. If one fails in it, all do, and the others say so in one line."""
     problem = None
     try:
         yield
@@ -72,7 +72,7 @@ def failing_together() -> Iterator[None]:
 
 
 def in_turn(fn: Callable[[], Result]) -> Result:
-    """What `fn` returns to this process; the first process, which may have something to prepare, goes before the others."""
+    """The result of `fn` in this process. The first process calls it before the others, since it may prepare something."""
     result: list[Result] = []
     for first in (True, False):
         with failing_together():

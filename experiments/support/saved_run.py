@@ -88,7 +88,7 @@ def solver_table(
     sigma_type: str = "upper_bound",
     eta: float = 0.0,
 ) -> dj.SamplerTable:
-    """The table of a `Sampler` of so many network calls, by default T, or T / 2 steps of Heun's method.
+    """The table of a `Sampler` with `calls` network calls, by default T (Heun's method: T / 2 steps).
 
     Steps are evenly spaced in t by default, and UniPC's as in flow, with a polynomial in the signal, which goes with that.
     """

@@ -26,7 +26,7 @@ class Config:
     ema_decay: float = 0.99
     seed: int = 0
     workdir: str = "runs/vectors"
-    """Where the run is kept. The same command continues it."""
+    """Folder of the run. Repeat the command to continue it."""
     checkpoint_every: int = 1000
 
 

@@ -97,7 +97,7 @@ def _lock(workdir: Path) -> None:
 
 
 def read_config(workdir: str | Path, names: Collection[str]) -> dict[str, Any]:
-    """The config that a run was started with; of the options `names`, those that are newer than the run have their old meaning.
+    """The config of a saved run. Options of `names` that are newer than the run get the value that describes it.
 
     Raises ValueError if `workdir` holds no run.
     """
@@ -111,8 +111,10 @@ def read_config(workdir: str | Path, names: Collection[str]) -> dict[str, Any]:
 
 
 def resume(workdir: Path, checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The state of the newest whole checkpoint, or `state`. What came after it is dropped, and checkpoints that are damaged are
-    renamed. Raises ValueError if all of them are."""
+    """The state of the newest intact checkpoint, or `state` if there is none.
+
+    Later metrics are dropped, and damaged checkpoints renamed. Raises ValueError if all are damaged.
+    """
     for unfinished in (workdir / "checkpoints").glob(f"*{UNFINISHED}"):
         shutil.rmtree(unfinished)
     state = restore_latest(checkpoints, state)
@@ -173,7 +175,7 @@ def append_rows(workdir: Path, rows: list[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def one_line_if_unwritable(workdir: Path) -> Iterator[None]:
-    """Exit with one line, and status 1, where the disk is full or does not take what is written for another reason."""
+    """Exit with one line and status 1 if the disk is full or cannot be written."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as problem:
