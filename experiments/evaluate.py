@@ -50,7 +50,7 @@ class Config:
     spacing: Spacing | None = None
     """See sample.py --help."""
     eta: float = 0.0
-    """Noise of ddim, dpm_solver and dpm_solver_3m: 0 is deterministic, 1 is that of ancestral sampling (lower bound)."""
+    """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
     guidance_scale: float = 1.0
     """Classifier-free guidance scale, for conditional runs; their samples cycle through the ten classes."""
     bound_images: int = 20

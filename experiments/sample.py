@@ -39,7 +39,7 @@ class Config:
     spacing: Spacing | None = None
     """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow; by default flow (unipc) or time."""
     eta: float = 0.0
-    """Noise of ddim, dpm_solver and dpm_solver_3m: 0 is deterministic, 1 is that of ancestral sampling (lower bound)."""
+    """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
     seed: int = 0
     """Random seed."""
     out: str = "samples.png"

@@ -25,7 +25,7 @@ class Run:
     seed: int = 0
     """Random seed."""
     distributed: bool = False
-    """Train with several processes, of which this is one."""
+    """Join other processes that train the same run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Diffusion:
     loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
     """l2, l1, or for learned variances hybrid (l2 and the variational bound) or bound (Nichol & Dhariwal 2021)."""
     loss_weighting: Literal["none", "min_snr"] = "none"
-    """Weights of the timesteps, in all losses but the bound; min_snr is that of Hang et al. (2023)."""
+    """Weights of the timesteps: none, or min_snr (Hang et al. 2023). Not used by the bound loss."""
 
 
 @dataclasses.dataclass(frozen=True)
