@@ -11,6 +11,7 @@ from diffusion_jax.dit import DiT
 from diffusion_jax.editing import encoding_table, guided, inpainting, part_way, resampled, spherical
 from diffusion_jax.likelihood import bound_bits, bound_loss, flow_bits, flow_log_density, hybrid_loss, prior_bits
 from diffusion_jax.losses import diffusion_loss, loss_at, min_snr_weight
+from diffusion_jax.mean_flow import consistency_table, guided_velocity, jumping, mean_flow_loss
 from diffusion_jax.mlp import MLP
 from diffusion_jax.optimizers import adam_with_cosine_decay, cosine_decay, muon_with_cosine_decay
 from diffusion_jax.sampling import (
@@ -54,6 +55,7 @@ __all__ = [
     "ancestral_table",
     "bound_bits",
     "bound_loss",
+    "consistency_table",
     "convert",
     "cosine_decay",
     "cosine_schedule",
@@ -68,12 +70,15 @@ __all__ = [
     "flow_log_density",
     "flow_schedule",
     "guided",
+    "guided_velocity",
     "heun_table",
     "hybrid_loss",
     "inpainting",
+    "jumping",
     "linear_schedule",
     "loss_at",
     "make_denoiser",
+    "mean_flow_loss",
     "min_snr_weight",
     "muon_with_cosine_decay",
     "normalized",

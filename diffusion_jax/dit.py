@@ -16,7 +16,7 @@ class DiT(nn.Module):
 
     Tokens are patches of `patch_size` x `patch_size` pixels, embedded in `embed_dim` channels with a learned position; `depth`
     blocks follow. `dtype` is what the layers compute in; parameters, statistics and the output are float32. With `num_classes`,
-    each example has a label (see `embed_condition`). The parameters fit images of one size.
+    each example has a label, and it may have a second time s (see `embed_condition`). The parameters fit images of one size.
 
     Raises ValueError if `depth` or `patch_size` is less than 1, x_t is no image, or its height or width is not a multiple of
     `patch_size`.
@@ -33,12 +33,16 @@ class DiT(nn.Module):
     @nn.compact
     @sharded_by_xla
     def __call__(
-        self, x_t: Float[Array, "B H W C"], t: Real[Array, " B"], labels: Int[Array, " B"] | None = None
+        self,
+        x_t: Float[Array, "B H W C"],
+        t: Real[Array, " B"],
+        labels: Int[Array, " B"] | None = None,
+        s: Real[Array, " B"] | None = None,
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
         if self.depth < 1 or self.patch_size < 1:
             raise ValueError(f"depth and patch_size must be at least 1, got {self.depth} and {self.patch_size}")
         check_image(x_t.shape, self.patch_size)
-        condition = embed_condition(t, labels, self.embed_dim, self.embed_dim, self.num_classes, self.dtype)
+        condition = embed_condition(t, labels, s, self.embed_dim, self.embed_dim, self.num_classes, self.dtype)
         x = Dense(self.embed_dim, self.dtype, name="stem")(to_patches(x_t, self.patch_size))
         grid = x.shape[1:3]
         x = x.reshape(len(x), -1, self.embed_dim)

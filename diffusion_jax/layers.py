@@ -22,18 +22,18 @@ def sharded_by_xla(call: Callable) -> Callable:
     """
 
     @wraps(call)
-    def wrapped(self, x_t, t, labels=None):
+    def wrapped(self, x_t, t, labels=None, s=None):
         sharding = jax.typeof(x_t).sharding
         if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-            return call(self, x_t, t, labels)
+            return call(self, x_t, t, labels, s)
         if self.is_initializing():  # parameters depend on shapes alone
 
             def zeros(x):
                 return None if x is None else jnp.zeros(x.shape, x.dtype)
 
-            return call(self, zeros(x_t), zeros(t), zeros(labels))
+            return call(self, zeros(x_t), zeros(t), zeros(labels), zeros(s))
         apply: Any = jax.sharding.auto_axes(self.clone(parent=None).apply, out_sharding=sharding)
-        return apply(self.variables, x_t, t, labels)
+        return apply(self.variables, x_t, t, labels, s)
 
     return wrapped
 
@@ -41,6 +41,7 @@ def sharded_by_xla(call: Callable) -> Callable:
 def embed_condition(
     t: Real[Array, " B"],
     labels: Int[Array, " B"] | None,
+    s: Real[Array, " B"] | None,
     embed_dim: int,
     width: int,
     num_classes: int,
@@ -48,12 +49,16 @@ def embed_condition(
 ) -> Float[Array, "B width"]:
     """silu(MLP(embedding of t) + embedding of the label), by layers of the calling module.
 
+    The MLP's hidden layer also takes in the embedding of t - s where there is a second time s.
+
     The label `num_classes`, or no labels at all, means unconditional; any other label that is not a class gives NaN. Raises
     ValueError if there are labels without classes, or not one for each example.
     """
     if labels is not None and (num_classes == 0 or labels.shape != t.shape):
         raise ValueError(f"labels need num_classes and the shape {t.shape}, got {num_classes} and {labels.shape}")
     time = Dense(width, dtype, name="time_1")(timestep_embedding(t, embed_dim))
+    if s is not None:
+        time = time + Dense(width, dtype, name="interval")(timestep_embedding(t - s, embed_dim))
     time = Dense(width, dtype, name="time_2")(silu(time))
     if num_classes:
         labels = jnp.full(len(t), num_classes) if labels is None else labels

@@ -21,7 +21,7 @@ class UNet(nn.Module):
     1 / 2^i of the resolution; between levels the width becomes embed_dim * dim_scales[i]. Self-attention sits in the middle,
     and a long residual joins the first features to the last. With `patch_size`, the network works on patches of that height
     and width, whose pixels are channels. `dtype` is what the layers compute in; parameters, normalization statistics and the
-    output are float32. With `num_classes`, each example has a label (see `embed_condition`).
+    output are float32. With `num_classes`, each example has a label, and it may have a second time s (see `embed_condition`).
 
     Raises ValueError if `patch_size` is less than 1, x_t is no image, or its height or width is not a multiple of
     patch_size 2^(len(dim_scales) - 1).
@@ -38,7 +38,11 @@ class UNet(nn.Module):
     @nn.compact
     @sharded_by_xla
     def __call__(
-        self, x_t: Float[Array, "B H W C"], t: Real[Array, " B"], labels: Int[Array, " B"] | None = None
+        self,
+        x_t: Float[Array, "B H W C"],
+        t: Real[Array, " B"],
+        labels: Int[Array, " B"] | None = None,
+        s: Real[Array, " B"] | None = None,
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
         block, dense = partial(ResidualBlock, dtype=self.dtype), partial(Dense, dtype=self.dtype)
         widths = [self.embed_dim, *(self.embed_dim * scale for scale in self.dim_scales)]
@@ -46,7 +50,7 @@ class UNet(nn.Module):
         if self.patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
         check_image(x_t.shape, self.patch_size * 2 ** (len(levels) - 1))
-        time = embed_condition(t, labels, self.embed_dim, 4 * self.embed_dim, self.num_classes, self.dtype)
+        time = embed_condition(t, labels, s, self.embed_dim, 4 * self.embed_dim, self.num_classes, self.dtype)
         x = first = dense(self.embed_dim, name="stem")(to_patches(x_t, self.patch_size))
 
         skips = []

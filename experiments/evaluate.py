@@ -45,7 +45,7 @@ class Config:
     """Number of generated, training and test images to compare (fewer if the data set has fewer)."""
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default min(50, T)."""
-    sampler: Sampler = "ancestral"
+    sampler: Sampler | None = None
     """See sample.py --help."""
     spacing: Spacing | None = None
     """See sample.py --help."""
@@ -80,7 +80,7 @@ def main() -> None:
     labels = model.labels_in_turn(run.config, count)
     samples = run.draw(state.ema_params, table, random_key(config.seed), labels, config.guidance_scale)
     results = {
-        "step": int(state.step), "calls": len(table.t), "sampler": config.sampler, "eta": config.eta, "seed": config.seed,
+        "step": int(state.step), "calls": len(table.t), "sampler": config.sampler or run.default_sampler, "eta": config.eta, "seed": config.seed,
         "guidance_scale": config.guidance_scale, "classifier_accuracy": accuracy,
         **judge(samples, train, test, describe, config.seed, labels if run.config.conditional else None),
     }  # fmt: skip

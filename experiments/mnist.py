@@ -36,8 +36,8 @@ def main() -> None:
         with failing_together():
             config = parse_run(__doc__)
             schedule = model.make_schedule(config)
-            table = dj.ancestral_table(schedule, config.sigma_type, config.sampling_timesteps)
-            preview_table = dj.ancestral_table(schedule, config.sigma_type, min(50, config.num_timesteps))
+            table = model.default_table(config, schedule, config.sampling_timesteps)
+            preview_table = model.default_table(config, schedule, min(50, config.num_timesteps))
             init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
             state = model.initial_state(config, init_key)
         data = in_turn(lambda: load_dataset(config.dataset, config.data_dir))

@@ -34,8 +34,8 @@ class Config:
     """Classifier-free guidance scale. 1 is no guidance; more gives clearer and less varied samples."""
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default T."""
-    sampler: Sampler = "ancestral"
-    """Solver. ancestral uses the run's --sigma-type; dpm_solver is DPM-Solver++(2M)."""
+    sampler: Sampler | None = None
+    """Solver; by default ancestral, or ddim for a mean_flow run. ancestral uses the run's --sigma-type; dpm_solver is DPM-Solver++(2M)."""
     spacing: Spacing | None = None
     """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow; by default flow (unipc) or time."""
     eta: float = 0.0

@@ -1,6 +1,6 @@
 """Does the suite notice a wrong formula? Change one thing at a time in the mathematics, and run the tests on each change.
 
-    python tests/mutate.py                # all of the modules below; allow a few hours
+    python tests/mutate.py                # all of the modules below; takes about an hour on two cores
     python tests/mutate.py likelihood     # those that are named
 
 Each mutant flips a sign or an operator, drops a square root, changes a number (an index by one), or swaps two quantities, in a
@@ -8,16 +8,19 @@ function of the mathematics. Prints a line for each; exits with 1 if one survive
 """
 
 import ast
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 SUITES = {  # the quickest to notice first
@@ -45,11 +48,15 @@ SWAPS = {one: other for pair in PAIRS for one, other in (pair, pair[::-1])}
 EQUIVALENT = {
     "x_0.ndim": "x_0 and x_t have one rank",
     "x_t.ndim": "x_0 and x_t have one rank",
+    "jnp.linalg.norm(matrix) + 1.01": "any number that is small",
+    "matrix / (jnp.linalg.norm(matrix) - 1e-08": "any number that is small",
     "FAR =": "any number that is far",
     "jnp.where(x >= mean": "at the mean both tails are alike",
     "jnp.where(x >= 0.999": "no level is there",
     "jnp.where(x <= -0.999": "no level is there",
 }
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "chex", "optax", "flax.linen", "scipy.stats", "beartype", "jaxtyping"])
 
 
 class Mutant(NamedTuple):
@@ -125,21 +132,37 @@ def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
 
 
 def survives(mutant: Mutant) -> bool:
+    """Run the tests of a mutant's module in a process of their own; whether all of them pass."""
+    process = PROCESSES.Process(target=run_tests, args=(mutant,))
+    process.start()
+    process.join(timeout=400)
+    if process.exitcode is None:  # a loop that never ends
+        process.kill()
+        process.join()
+        return False
+    if process.exitcode not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"pytest could not run on {mutant.change}: exit status {process.exitcode}")
+    return process.exitcode == pytest.ExitCode.OK
+
+
+def run_tests(mutant: Mutant) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for part in ("diffusion_jax", "tests", "experiments"):
             shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         (Path(folder) / "diffusion_jax" / f"{mutant.module}.py").write_text(mutant.source)
-        tests = [f"tests/test_{suite}.py" for suite in SUITES[mutant.module].split()]
-        command = [sys.executable, "-m", "pytest", "-xqq", "-n0", "--no-header", "-p", "no:cacheprovider", *tests]
-        environment = os.environ | {"PYTHONPATH": folder}
-        try:
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
-        except subprocess.TimeoutExpired:  # a loop that never ends
-            return False
-        if done.returncode not in (0, 1, 2):  # 2: the wrong formula stopped a test file at its import
-            raise RuntimeError(f"pytest could not run on {mutant.change}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        return done.returncode == 0
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        os.environ["PYTHONPATH"] = folder
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            for suite in SUITES[mutant.module].split():
+                code = pytest.main(["-xqq", "-n0", "--no-header", "-p", "no:cacheprovider", f"tests/test_{suite}.py"])
+                if code == pytest.ExitCode.INTERRUPTED:  # the wrong formula stopped a test file at its import
+                    code = pytest.ExitCode.TESTS_FAILED
+                if code != pytest.ExitCode.OK:
+                    break
+        os.chdir(ROOT)
+    sys.exit(code)
 
 
 def main() -> None:

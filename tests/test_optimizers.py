@@ -77,8 +77,15 @@ def test_momentum_is_nesterovs():
     """After gradients 1 and x it is 0.05 (0.95^2 + 1.95 x), which changes its sign at x = -0.4628."""
     optimizer, params = scale_by_muon(), {"kernel": jnp.zeros((2, 2))}
     _, state = optimizer.update({"kernel": jnp.eye(2)}, optimizer.init(params))
-    update, _ = optimizer.update({"kernel": jnp.diag(jnp.array([-0.45, -0.48]))}, state)
+    update, _ = optimizer.update({"kernel": jnp.diag(jnp.array([-0.461, -0.465]))}, state)
     assert np.array_equal(np.sign(update["kernel"]), np.diag([1, -1]))
+
+
+@pytest.mark.parametrize("warmup, peak", [(4, 4), (100, 6)])
+def test_the_warmup_is_linear_and_at_most_half_of_the_iterations(warmup, peak):
+    rates = np.array([dj.cosine_decay(0.1, 12, warmup)(step) for step in range(13)])
+    np.testing.assert_allclose(rates[: peak + 1], 0.1 * np.arange(peak + 1) / peak, atol=1e-7)
+    np.testing.assert_allclose(rates[peak:], 0.05 * (1 + np.cos(np.pi * np.linspace(0, 1, 13 - peak))), atol=1e-7)
 
 
 def test_adam_decays_along_a_half_cosine():
@@ -91,7 +98,7 @@ def test_adam_decays_along_a_half_cosine():
     np.testing.assert_allclose(moves, -0.05 * (1 + np.cos(np.pi * np.arange(5) / 4)), atol=1e-6)
 
 
-@pytest.mark.parametrize("params", [[jnp.ones((2, 2))], jnp.ones((2, 2)), {"w": jnp.ones((2, 2))}])
+@pytest.mark.parametrize("params", [[jnp.ones((2, 2))], jnp.ones((2, 2)), {"w": jnp.ones((2, 2))}, {"kernel": jnp.ones(3)}])
 def test_parameters_that_are_not_a_networks_are_trained_by_adam(params):
     mine, adam = (make(0.1, 8) for make in (dj.muon_with_cosine_decay, dj.adam_with_cosine_decay))
     updates = [rule.update(params, rule.init(params), params)[0] for rule in (mine, adam)]

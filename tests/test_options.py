@@ -58,6 +58,29 @@ def test_a_step_and_samples_on_every_path(path, target_type, time_input, density
             assert np.abs(draw(trained.params, dj.padded(table, 5))).max() <= 1.0001
 
 
+def test_a_mean_flow_run_trains_and_samples_by_jumps():
+    options = {"noise_schedule_type": "flow", "target_type": "pred_u", "loss_type": "mean_flow", "training_guidance": 2.0}
+    config = dataclasses.replace(CONFIG, conditional=True, network="dit", **options)
+    check(config)
+    schedule, state = model.make_schedule(config), model.initial_state(config, jax.random.key(0))
+    step = jax.jit(
+        training_step(model.make_loss(config, schedule), jax.random.key(1), 8, 0.0), static_argnames="mean_over_devices"
+    )
+    images, examples = jnp.full((8, 28, 28, 1), 200, jnp.uint8), jnp.arange(8, dtype=jnp.int32)
+    for _ in range(8):  # the layers begin at zero, so the first steps move the last ones only
+        state, metrics = step(state, (images, examples), examples, examples, mean_over_devices=same)
+        assert 0.1 < metrics["loss"] < 20
+    network = model.two_times(config, state.ema_params, examples)
+    x_t, t = jax.random.normal(jax.random.key(2), (8, *model.IMAGE_SHAPE)), jnp.full(8, 9.0)
+    assert np.abs(network(x_t, t, 0 * t) - network(x_t, t, t)).max() > 1e-5
+    draw, key = model.make_sampler(config, schedule), jax.random.key(3)
+    for sampler, s in (("ddim", 6.0), ("consistency", 0.0)):
+        table = solver_table(sampler, schedule, 2)
+        predict = model.apply_to(config, schedule, state.ema_params, examples, table)
+        np.testing.assert_allclose(predict(x_t, 2 * table.t[1] + 0 * t), network(x_t, 12.0 + 0 * t, s + 0 * t), atol=1e-6)
+        assert np.isfinite(draw(state.ema_params, table, key, np.arange(4))).all()
+
+
 def same(tree):
     return tree
 

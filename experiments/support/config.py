@@ -72,8 +72,10 @@ class Diffusion:
     """Stratify t over each batch."""
     sigma_type: SigmaType = "upper_bound"
     """Variance of ancestral sampling. learned needs a hybrid or bound loss and a target other than pred_x_0."""
-    loss_type: Literal["l2", "l1", "hybrid", "bound"] = "l2"
-    """l2, l1, or for learned variances hybrid (l2 and the variational bound) or bound (Nichol & Dhariwal 2021)."""
+    loss_type: Literal["l2", "l1", "hybrid", "bound", "mean_flow"] = "l2"
+    """l2, l1, for learned variances hybrid or bound (Nichol & Dhariwal 2021), or for few steps mean_flow (Geng et al. 2025)."""
+    training_guidance: float = 1.0
+    """Guidance scale in the target of the mean_flow loss, for conditional runs."""
     loss_weighting: Literal["none", "min_snr"] = "none"
     """Weights of the timesteps: none, or min_snr (Hang et al. 2023). Not used by the bound loss."""
 
@@ -155,7 +157,7 @@ def choose_preset(args: list[str]) -> str:
 def check(config: Config) -> None:
     """Raise ValueError on the first invalid value or combination."""
     check_values(config)
-    losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1")
+    losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1", "mean_flow")
     scaled = config.sigma_type != "learned" or config.target_type != "pred_x_0"
     require(scaled, "target_type", config.target_type, "other than pred_x_0 with --sigma-type learned")
     weighted = config.loss_weighting != "none" and config.loss_type == "bound"
@@ -165,3 +167,9 @@ def check(config: Config) -> None:
     bounded = config.noise_schedule_type != "ve" or config.target_type != "pred_v"
     require(bounded, "target_type", config.target_type, "other than pred_v with ve, where it grows with the noise")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")
+    if config.loss_type == "mean_flow":
+        require(config.noise_schedule_type == "flow", "noise_schedule_type", config.noise_schedule_type, "flow with mean_flow")
+        require(config.target_type == "pred_u", "target_type", config.target_type, "pred_u with --loss-type mean_flow")
+        require(config.loss_weighting == "none", "loss_weighting", config.loss_weighting, "none with --loss-type mean_flow")
+    guided = config.conditional and config.loss_type == "mean_flow"
+    require(guided or config.training_guidance == 1, "training_guidance", config.training_guidance, "1 unless --conditional and mean_flow")

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 import diffusion_jax as dj
 from diffusion_jax.diffusion import Denoise, Predict
 from diffusion_jax.losses import draw_times, time_density
+from diffusion_jax.mean_flow import guided_velocity, jumping, mean_flow_loss
 from support import batches
 from support.config import Config
 from support.data import ImageData, to_model_input
@@ -26,6 +27,8 @@ SCHEDULES = {
     "ve": dj.variance_exploding_schedule,
 }
 OPTIMIZERS = {"adam": dj.adam_with_cosine_decay, "muon": dj.muon_with_cosine_decay}
+INSTANTANEOUS = 0.5
+LARGEST_TIME = 10.0  # that a network of two times is told, whose derivative by the time then stays moderate
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -47,14 +50,17 @@ def make_network(config: Config) -> dj.UNet | dj.DiT:
 
 
 def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
-    network = make_network(config)
-    params = jax.jit(network.init)(key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), jnp.ones(1, jnp.int32))["params"]
+    network, second_time = make_network(config), {"s": jnp.zeros(1)} if config.loss_type == "mean_flow" else {}
+    x_t, t = jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), jnp.ones(1, jnp.int32)
+    params = jax.jit(network.init)(key, x_t, t, **second_time)["params"]
     optimizer = OPTIMIZERS[config.optimizer](config.learning_rate, config.iterations, config.warmup)
     return dj.create_train_state(network.apply, params, optimizer)
 
 
 def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
     """loss_fn(params, ((images, labels), u), keys) -> the loss of each example. u determines t if the run is stratified."""
+    if config.loss_type == "mean_flow":
+        return make_mean_flow_loss(config, schedule)
     weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
     losses = {
         "hybrid": partial(dj.hybrid_loss, weight=weight),
@@ -66,17 +72,44 @@ def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
 
     def loss_fn(params, batch, keys):
         (images, labels), u = batch
-        x_0, share = to_model_input(images), jnp.float32(config.label_dropout)
-        dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), share))(keys)
-        predict = apply_to(config, schedule, params, jnp.where(dropped, NUM_CLASSES, labels))
+        x_0 = to_model_input(images)
+        predict = apply_to(config, schedule, params, with_dropout(labels, keys, config.label_dropout))
         if config.loss_type == "bound":
             return dj.bound_loss(schedule, predict, x_0, keys, config.target_type)
         if not config.stratified:
-            u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 3), (), jnp.float32))(keys)
+            u = uniform(keys, 3)
         t = None if drawn_by_keys else draw_times(probabilities, u)
         return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type, t=t)
 
     return loss_fn
+
+
+def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
+    """As `make_loss`. t > s are two draws of the time density, and s = t for a fraction of the examples."""
+    probabilities = time_density(schedule, config.time_density)
+
+    def loss_fn(params, batch, keys):
+        (images, labels), u = batch
+        x_0, kept = to_model_input(images), with_dropout(labels, keys, config.label_dropout)
+        first, second = (draw_times(probabilities, v) for v in (u if config.stratified else uniform(keys, 3), uniform(keys, 4)))
+        t = jnp.maximum(first, second)
+        s = jnp.where(uniform(keys, 5) < INSTANTANEOUS, t, jnp.minimum(first, second) - 1)
+        eps = jax.vmap(lambda key: jax.random.normal(key, IMAGE_SHAPE, jnp.float32))(keys)
+        velocity = guided_velocity(two_times(config, params, None), config.training_guidance)
+        network = two_times(config, params, kept)
+        return mean_flow_loss(config.num_timesteps, network, x_0, t, s, eps, velocity if config.training_guidance != 1 else None)
+
+    return loss_fn
+
+
+def uniform(keys: Key[Array, " B"], number: int) -> Float[Array, " B"]:
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (), jnp.float32))(keys)
+
+
+def with_dropout(labels: Int[Array, " B"], keys: Key[Array, " B"], share: float) -> Int[Array, " B"]:
+    """The labels, or NUM_CLASSES with the probability `share`."""
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), jnp.float32(share)))(keys)
+    return jnp.where(dropped, NUM_CLASSES, labels)
 
 
 def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: Key[Array, ""]) -> Callable:
@@ -85,24 +118,50 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
     return batches.make_step(make_loss(config, schedule), arrays, key, config.seed, config.batch_size, config.ema_decay)
 
 
-def apply_to(config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None) -> Predict:
-    """predict(x_t, t) of the run's network for these labels. NUM_CLASSES or None means unconditional."""
-    labels = labels if config.conditional else None
+def apply_to(
+    config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None, table: dj.SamplerTable | None = None
+) -> Predict:
+    """predict(x_t, t) of the run's network for these labels. NUM_CLASSES or None means unconditional.
 
-    def network(x_t, t):
-        return make_network(config).apply({"params": params}, x_t, t, labels)
+    A mean_flow network predicts the velocity at t, or its average over the steps of `table`.
+    """
+    network = two_times(config, params, labels)
+    if config.loss_type != "mean_flow":
+        return dj.normalized(schedule, network, config.time_input)
+    return (lambda x_t, t: network(x_t, t, t)) if table is None else jumping(network, table)
 
-    return dj.normalized(schedule, network, config.time_input)
+
+def two_times(config: Config, params: PyTree, labels: Array | None) -> Callable:
+    """network(x_t, t, s=None) for these labels; with s, it is told the times in units of T / LARGEST_TIME."""
+
+    def network(x_t, t, s=None):
+        unit = 1 if s is None else config.num_timesteps / LARGEST_TIME
+        s = None if s is None else s / unit
+        return make_network(config).apply({"params": params}, x_t, t / unit, labels if config.conditional else None, s)
+
+    return network
 
 
 def make_denoiser(
-    config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None = None, guidance_scale: float = 1.0
+    config: Config,
+    schedule: dj.NoiseSchedule,
+    params: PyTree,
+    labels: Array | None = None,
+    guidance_scale: float = 1.0,
+    table: dj.SamplerTable | None = None,
 ) -> Denoise:
-    """denoise(x_t, t) of the run's network for these labels, with x_0_hat clipped to [-1, 1]."""
-    predict = apply_to(config, schedule, params, labels)
+    """denoise(x_t, t) of the run's network for these labels, with x_0_hat clipped to [-1, 1]; for `table`, see `apply_to`."""
+    predict = apply_to(config, schedule, params, labels, table)
     if guidance_scale != 1:
-        predict = dj.guided(predict, apply_to(config, schedule, params, None), guidance_scale)
-    return dj.make_denoiser(schedule, predict, config.target_type, clip=1.0)
+        predict = dj.guided(predict, apply_to(config, schedule, params, None, table), guidance_scale)
+    return dj.make_denoiser(schedule, predict, config.target_type, None if config.loss_type == "mean_flow" else 1.0)
+
+
+def default_table(config: Config, schedule: dj.NoiseSchedule, sampling_timesteps: int | None) -> dj.SamplerTable:
+    """Ancestral sampling, or for a mean_flow run the steps that its network predicts."""
+    if config.loss_type == "mean_flow":
+        return dj.ddim_table(schedule, 0.0, sampling_timesteps)
+    return dj.ancestral_table(schedule, config.sigma_type, sampling_timesteps)
 
 
 def make_sampler(
@@ -116,7 +175,8 @@ def make_sampler(
     devices, whole_path = jax.local_devices(), sample_fn is dj.sample_trajectory
 
     def draw(params, table, key, examples, labels):
-        denoise = make_denoiser(config, schedule, params, labels, guidance_scale)
+        jumps = table if config.loss_type == "mean_flow" else None
+        denoise = make_denoiser(config, schedule, params, labels, guidance_scale, jumps)
         return sample_fn(denoise, table, dj.example_keys(key, examples), IMAGE_SHAPE)
 
     axis = 1 if whole_path else 0

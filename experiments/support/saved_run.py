@@ -20,7 +20,7 @@ from support.machine import random_key
 from support.workdir import read_config
 
 BATCH = 256
-Sampler = Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis"]
+Sampler = Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis", "consistency"]
 
 
 class SavedRun(NamedTuple):
@@ -29,6 +29,10 @@ class SavedRun(NamedTuple):
     workdir: str
     config: Config
     schedule: dj.NoiseSchedule
+
+    @property
+    def default_sampler(self) -> Sampler:
+        return "ddim" if self.config.loss_type == "mean_flow" else "ancestral"
 
     def restore(self, checkpoint: str) -> dj.TrainState:
         """The state at the "newest" or "best" checkpoint. Raises ValueError if there is none."""
@@ -81,7 +85,7 @@ def open_run(workdir: str) -> SavedRun:
 
 
 def solver_table(
-    sampler: str,
+    sampler: Sampler,
     schedule: dj.NoiseSchedule,
     calls: int | None = None,
     spacing: str | None = None,
@@ -102,6 +106,7 @@ def solver_table(
         "heun": dj.heun_table,
         "unipc": unipc,
         "deis": dj.deis_table,
+        "consistency": dj.consistency_table,
     }
     calls = schedule.num_timesteps if calls is None else calls
     most = schedule.num_timesteps
@@ -112,12 +117,13 @@ def solver_table(
 
 def sampler_table(config: Any, run: SavedRun) -> dj.SamplerTable:
     """The table for the options sampler, spacing, eta and sampling_timesteps."""
+    few_calls, sampler = run.config.loss_type == "mean_flow", config.sampler or run.default_sampler
+    jumps = sampler in ("ddim", "consistency") and config.eta == 0
+    require(jumps or not few_calls, "sampler", sampler, "ddim without --eta, or consistency, for a mean_flow run")
     require(0 <= config.eta <= 1, "eta", config.eta, "between 0 and 1")
-    takes_eta = config.sampler in ("ddim", "dpm_solver", "dpm_solver_3m")
+    takes_eta = sampler in ("ddim", "dpm_solver", "dpm_solver_3m")
     require(takes_eta or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim, dpm_solver or dpm_solver_3m")
-    return solver_table(
-        config.sampler, run.schedule, config.sampling_timesteps, config.spacing, run.config.sigma_type, config.eta
-    )
+    return solver_table(sampler, run.schedule, config.sampling_timesteps, config.spacing, run.config.sigma_type, config.eta)
 
 
 def check_guidance(run: SavedRun, scale: float) -> None:

@@ -1,0 +1,88 @@
+"""MeanFlow [Geng et al. 2025]: a network of two times that goes from t to any earlier s in one call.
+
+On rectified flow, x_t = (1 - t/T) x_0 + (t/T) eps moves at the velocity T dx_t/dt = eps - x_0, whose mean given x_t is v. The
+network predicts the average of v on the way from t down to s,
+
+    u(x_t, t, s) = 1 / (t - s) integral_s^t v(x_r, r) dr,   x_s = x_t - (t - s) / T u(x_t, t, s)      (12)
+
+which is v itself for s = t. The derivative of (t - s) u by t along the flow gives the identity to train by:
+
+    u = v - (t - s) du/dt,   du/dt = v / T grad_x u + partial_t u                                     (13)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Real
+
+from diffusion_jax.diffusion import Predict, as_column, check_shape, q_sample
+from diffusion_jax.sampling import SamplerTable, Steps, as_times, make_table
+from diffusion_jax.schedules import NoiseSchedule, flow_schedule
+
+Network = Callable[[Array, Array, Array], Array]
+"""network(x_t, t, s) -> u of eq. 12, of x_t's shape, for 0 <= s <= t <= T."""
+SMALL = 1e-3
+
+
+def mean_flow_loss(
+    num_timesteps: int,
+    network: Network,
+    x_0: Float[Array, "B *shape"],
+    t: Real[Array, " B"],
+    s: Real[Array, " B"],
+    eps: Float[Array, "B *shape"],
+    velocity: Callable[[Array, Array, Array], Array] | None = None,
+    power: float = 1.0,
+) -> Float[Array, "B *shape"]:
+    """The squared distance of u(x_t, t, s) to the right side of eq. 13, which has no gradient.
+
+    The gradient of an example has the weight 1 / (mean squared distance + 1e-3)^power [Geng et al. 2025, sec. 4.3], which the
+    value has not. The velocity v is eps - x_0, unless `velocity(x_t, t, eps - x_0)` gives another: that of a trained flow, to distill it, or one with guidance.
+    Raises ValueError unless eps and the prediction have x_0's shape.
+    """
+    t, s = (time.astype(jnp.promote_types(x_0.dtype, jnp.float32)) for time in (t, s))
+    x_t, v = q_sample(flow_schedule(num_timesteps), x_0, t, eps), eps - x_0
+    if velocity is not None:
+        v = jax.lax.stop_gradient(velocity(x_t, t, v))
+    u, du_dt = jax.jvp(network, (x_t, t, s), (v / num_timesteps, jnp.ones_like(t), jnp.zeros_like(s)))
+    check_shape("prediction", u, x_0)
+    target = v - as_column(t - s, x_0.ndim) * du_dt
+    squared = (u - jax.lax.stop_gradient(target)) ** 2
+    weight = (squared.mean(tuple(range(1, squared.ndim)), keepdims=True) + SMALL) ** -power
+    weighted = jax.lax.stop_gradient(weight) * squared
+    return weighted + jax.lax.stop_gradient(squared - weighted)
+
+
+def guided_velocity(network: Network, scale: float) -> Callable[[Array, Array, Array], Array]:
+    """velocity(x_t, t, v) = scale v + (1 - scale) u(x_t, t, t), for `mean_flow_loss` [Geng et al. 2025, eq. 19].
+
+    `network` is the one in training without the class. Samples then have classifier-free guidance at no further call.
+    """
+    return lambda x_t, t, v: scale * v + (1 - scale) * network(x_t, t, t)
+
+
+def jumping(network: Network, table: SamplerTable) -> Predict:
+    """predict(x_t, t) = u(x_t, t, s) with the target "pred_u", where the row of `table` at t goes to s.
+
+    That is s = a t: `ddim_table` on rectified flow takes eq. 12 from each of its times to the next, and `consistency_table`
+    goes to the data. Neither x_0_hat may be clipped unless s = 0.
+    """
+
+    def predict(x_t: Float[Array, "B *shape"], t: Real[Array, " B"]) -> Any:
+        at, a = (jnp.asarray(column, jnp.float32) for column in (table.t, table.a))
+        return network(x_t, t, t * jnp.max(jnp.where(at[None] == t[:, None], a[None], 0.0), axis=1))
+
+    return predict
+
+
+def consistency_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None) -> SamplerTable:
+    """x_s = signal_s x_0_hat + noise_s z: predict the data, and noise it again [Song et al. 2023, alg. 1].
+
+    Raises ValueError on steps outside 1..T.
+    """
+    times = as_times(schedule, sampling_timesteps)
+    signal, noise = schedule.at(times[1:])
+    return make_table(schedule, times[:-1], np.zeros(len(signal)), signal, noise)

@@ -1,0 +1,138 @@
+"""MeanFlow against the closed form for Gaussian data, where the flow only scales: from x_t to
+x_s = mean_s + (x_t - mean_t) deviation_s / deviation_t."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import diffusion_jax as dj
+
+T, M, V = 8, 0.6, 0.3
+FLOW = dj.flow_schedule(T)
+QUADRATURE = np.polynomial.hermite_e.hermegauss(4)
+
+
+def moved(x_t, t, s):
+    """x_s on the flow line through x_t, for data N(M, V)."""
+    deviation_t, deviation_s = (jnp.sqrt((1 - time / T) ** 2 * V + (time / T) ** 2)[:, None] for time in (t, s))
+    return M * (1 - s / T)[:, None] + (x_t - M * (1 - t / T)[:, None]) * deviation_s / deviation_t
+
+
+def exact(x_t, t, s):
+    """The average velocity between s and t; at s = t its limit, by the derivative."""
+    gap = jnp.where(t == s, 1.0, t - s)[:, None]
+    slope = jax.jvp(lambda s: moved(x_t, t, s), (s,), (jnp.ones_like(s),))[1]
+    return T * jnp.where((t == s)[:, None], slope, (x_t - moved(x_t, t, s)) / gap)
+
+
+def data_and_noise():
+    """All pairs of quadrature nodes of x_0 ~ N(M, V) and eps ~ N(0, 1), with their weights."""
+    nodes, weights = QUADRATURE
+    normal = [jnp.asarray(part.ravel())[:, None] for part in np.meshgrid(nodes, nodes)]
+    return M + V**0.5 * normal[0], normal[1], np.outer(weights, weights).ravel() / (2 * np.pi)
+
+
+@pytest.mark.parametrize(("t", "s"), [(8, 0), (8, 5), (3, 1), (4, 4), (1, 0)])
+def test_the_expected_gradient_is_zero_at_the_average_velocity_and_the_loss_rises_around_it(t, s):
+    with jax.enable_x64(True):
+        x_0, eps, weights = data_and_noise()
+        t, s = (jnp.full(len(weights), time, jnp.float64) for time in (t, s))
+
+        def expected(change):
+            def network(x_t, t, s):
+                return exact(x_t, t, s) + change[0] + change[1] * x_t + change[2] * (x_t**2 + t[:, None])
+
+            return jnp.asarray(weights) @ dj.mean_flow_loss(T, network, x_0, t, s, eps, power=0.0)[:, 0]
+
+        gradient = jax.grad(expected)(jnp.zeros(3))
+        np.testing.assert_allclose(gradient, 0, atol=1e-11)
+        for change in np.eye(3):  # the target moves with the network, but has no gradient
+            assert jax.grad(expected)(0.01 * change) @ change > 1e-4
+
+
+def test_the_target_is_the_identity_written_out():
+    """For u = x_t t s the derivative along the path is t s v / T + x_t s."""
+    x_0, eps = jnp.array([[1.0, -2.0]]), jnp.array([[0.5, 1.5]])
+    loss = dj.mean_flow_loss(8, lambda x, t, s: x * (t * s)[:, None], x_0, jnp.array([6]), jnp.array([2]), eps, power=0.0)
+    x_t, v = np.array([0.25 * 1 + 0.75 * 0.5, -0.25 * 2 + 0.75 * 1.5]), np.array([-0.5, 3.5])
+    squared = (x_t * 12 - (v - 4 * (12 * v / 8 + 2 * x_t))) ** 2
+    np.testing.assert_allclose(loss[0], squared, rtol=1e-6)
+
+
+def test_another_velocity_takes_the_place_of_the_sampled_one():
+    """u = 0 has no derivative, so the loss is the velocity squared."""
+    seen = {}
+
+    def velocity(x_t, t, v):
+        seen.update(x_t=x_t, t=t, v=v)
+        return 3.0 * v
+
+    x_0, eps, t = jnp.array([[1.0, -2.0]]), jnp.array([[0.5, 1.5]]), jnp.array([6])
+    loss = dj.mean_flow_loss(8, lambda x, t, s: 0.0 * x, x_0, t, jnp.array([2]), eps, velocity, power=0.0)
+    np.testing.assert_allclose(loss, [[1.5**2, 10.5**2]], rtol=1e-6)
+    np.testing.assert_allclose(seen["v"], eps - x_0)
+    np.testing.assert_allclose(seen["x_t"], 0.25 * x_0 + 0.75 * eps)
+    np.testing.assert_array_equal(seen["t"], [6])
+
+
+def test_guidance_mixes_in_the_velocity_without_the_class():
+    velocity = dj.guided_velocity(lambda x_t, t, s: (10 * t + s)[:, None] + 0 * x_t, 3.0)
+    np.testing.assert_allclose(velocity(jnp.zeros((1, 1)), jnp.array([2.0]), jnp.array([[1.0]])), [[3 - 2 * 22]])
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5, 8])
+def test_any_number_of_calls_takes_noise_exactly_to_the_data(calls, variant, keys):
+    table = dj.padded(dj.ddim_table(FLOW, 0.0, calls), 8)
+    draw = variant(lambda table: dj.sample(dj.make_denoiser(FLOW, dj.jumping(exact, table), "pred_u"), table, keys, (3,)))
+    begin = dj.sample_trajectory(lambda x, t: x, table, keys, (3,))[-1]
+    np.testing.assert_allclose(draw(table), M + V**0.5 * begin, atol=2e-6)
+
+
+def test_a_consistency_step_predicts_the_data_and_noises_it_again():
+    """The exact prediction leaves data N(M, V) as they are, so x_s has the mean and variance of eq. 1 at each time."""
+    table = dj.consistency_table(FLOW, 3)
+    np.testing.assert_array_equal(table.t, [8, 5, 3])
+    keys = jax.random.split(jax.random.key(0), 40_000)
+    path = dj.sample_trajectory(dj.make_denoiser(FLOW, dj.jumping(exact, table), "pred_u"), table, keys, (1,))
+    for x_t, time in zip(path, [0, 3, 5, 8], strict=True):
+        signal, noise = 1 - time / T, time / T
+        variance = signal**2 * V + noise**2
+        assert float(x_t.mean()) == pytest.approx(signal * M, abs=4 * np.sqrt(variance / 40_000))
+        assert float(x_t.var()) == pytest.approx(variance, rel=4 * np.sqrt(2 / 40_000))
+    np.testing.assert_allclose(path[0], M + (path[1] - M * 5 / 8) * np.sqrt(V / (V * 25 / 64 + 9 / 64)), atol=1e-5)
+
+
+def test_the_loss_has_the_gradient_of_its_prediction_alone():
+    x_0, eps, t, s = jnp.ones((2, 3)), jnp.full((2, 3), 0.5), jnp.array([5.0, 8.0]), jnp.array([1.0, 8.0])
+
+    def loss(w, target):
+        network = lambda x, t, s: w * x * t[:, None]  # noqa: E731
+        if target is None:
+            return dj.mean_flow_loss(T, network, x_0, t, s, eps, power=0.0).sum()
+        return ((network((1 - t[:, None] / T) * x_0 + t[:, None] / T * eps, t, s) - target) ** 2).sum()
+
+    v = eps - x_0
+    x_t = (1 - t[:, None] / T) * x_0 + t[:, None] / T * eps
+    target = v - (t - s)[:, None] * (0.7 * t[:, None] * v / T + 0.7 * x_t)
+    np.testing.assert_allclose(jax.grad(loss)(0.7, None), jax.grad(loss)(0.7, target), rtol=1e-5)
+    check_grads(lambda w: loss(w, target), (0.7,), 1, ["rev"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_the_weight_is_of_the_gradient_and_not_of_the_value(power):
+    x_0, eps, t = jnp.array([[1.0, -2.0], [0.1, 0.2]]), jnp.array([[0.5, 1.5], [0.3, 0.1]]), jnp.array([6.0, 3.0])
+
+    def each(w, power):
+        return dj.mean_flow_loss(T, lambda x, t, s: w * x, x_0, t, 0 * t, eps, power=power).mean(1)
+
+    values, gradients = each(0.7, 0.0), jax.jacrev(each)(0.7, 0.0)
+    np.testing.assert_allclose(each(0.7, power), values, rtol=1e-6)
+    np.testing.assert_allclose(jax.jacrev(each)(0.7, power), gradients / (values + 1e-3) ** power, rtol=1e-5)
+
+
+def test_a_prediction_of_another_shape_is_refused():
+    x_0, t = jnp.zeros((2, 3)), jnp.ones(2)
+    with pytest.raises(ValueError, match=r"prediction must have the shape of the data, \(2, 3\), got \(2, 1\)"):
+        dj.mean_flow_loss(T, lambda x, t, s: x[:, :1], x_0, t, t, x_0)
