@@ -19,9 +19,11 @@ what is computed from it.
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
@@ -35,10 +37,12 @@ def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array
     return x @ kernel
 
 
-@matmul.defjvp
+@partial(matmul.defjvp, symbolic_zeros=True)
 def _(primals, tangents):
     (x, kernel), (dx, dkernel) = primals, tangents
-    return x @ kernel, dx @ kernel + _product_with_tangent(x, dkernel)
+    along_x: Any = 0.0 if is_zero(dx) else dx @ kernel
+    along_kernel: Any = 0.0 if is_zero(dkernel) else _product_with_tangent(x, dkernel)
+    return x @ kernel, along_x + along_kernel
 
 
 @jax.checkpoint
@@ -65,16 +69,21 @@ def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Floa
     return _convolution(x, kernel) if _xla_is_faster(x) else _columns_added(_rows_gathered(x) @ _as_matrix(kernel))
 
 
-@conv3x3.defjvp
+@partial(conv3x3.defjvp, symbolic_zeros=True)
 def _(primals, tangents):
     (x, kernel), (dx, dkernel) = primals, tangents
-    if _xla_is_faster(x):
-        turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-        y = _convolution(x, kernel)
-        (along_x,) = jax.linear_transpose(lambda g: _convolution(g, turned), y)(dx)  # its transpose is that convolution again
-    else:
-        y, along_x = conv3x3(x, kernel), _columns_added(_rows_concatenated(dx) @ _as_matrix(kernel))
-    return y, along_x + _convolution_with_tangent(x, dkernel)
+    along_x: Any = 0.0 if is_zero(dx) else _convolution_of_tangent(dx, kernel)
+    along_kernel: Any = 0.0 if is_zero(dkernel) else _convolution_with_tangent(x, dkernel)
+    return conv3x3(x, kernel), along_x + along_kernel
+
+
+def _convolution_of_tangent(dx, kernel):
+    """conv3x3(dx, kernel)."""
+    if not _xla_is_faster(dx):
+        return _columns_added(_rows_concatenated(dx) @ _as_matrix(kernel))
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    like = jax.ShapeDtypeStruct((*dx.shape[:-1], kernel.shape[-1]), dx.dtype)
+    return jax.linear_transpose(lambda g: _convolution(g, turned), like)(dx)[0]  # its transpose is that convolution again
 
 
 @jax.checkpoint
@@ -86,6 +95,11 @@ def _convolution_with_tangent(x, dkernel):
     blocks = _rows_gathered(x).reshape(count, images * height * width, 3 * channels)
     products = _by_blocks(blocks, _as_matrix(dkernel)).reshape(count, 3 * features, images, height, width)
     return _columns_added(products, 1, 4).swapaxes(0, 1).reshape(features, *x.shape[:3]).transpose(1, 2, 3, 0)
+
+
+def is_zero(tangent: Any) -> bool:
+    """Whether a tangent is known to be zero before anything is computed."""
+    return isinstance(tangent, SymbolicZero)
 
 
 def _xla_is_faster(x: Array) -> bool:

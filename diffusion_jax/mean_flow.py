@@ -39,8 +39,9 @@ def mean_flow_loss(
 ) -> Float[Array, "B *shape"]:
     """The squared distance of u(x_t, t, s) to the right side of eq. 13, which has no gradient.
 
-    The gradient of an example has the weight 1 / (mean squared distance + 1e-3)^power [Geng et al. 2025, sec. 4.3], which the
-    value has not. The velocity v is eps - x_0, unless `velocity(x_t, t, eps - x_0)` gives another: that of a trained flow, to distill it, or one with guidance.
+    The gradient of an example, not the value, has the weight 1 / (mean squared distance + 1e-3)^power [Geng et al. 2025,
+    sec. 4.3]. The velocity v is eps - x_0, unless `velocity(x_t, t, eps - x_0)` gives another: that of a trained flow, to
+    distill it, or one with guidance.
     Raises ValueError unless eps and the prediction have x_0's shape.
     """
     t, s = (time.astype(jnp.promote_types(x_0.dtype, jnp.float32)) for time in (t, s))

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -43,7 +42,7 @@ SAMPLERS = {
 @dataclasses.dataclass(frozen=True)
 class Config:
     workdir: str = "runs/mnist"
-    """Folder of the run, where samplers.json and samplers.png are written."""
+    """Folder of the run, where samplers.json and samplers.png are written; or a file of export.py (results go here)."""
     checkpoint: Literal["newest", "best"] = "newest"
     """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None
@@ -68,7 +67,8 @@ def main() -> None:
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         require(bool(config.calls) or config.all_steps, "calls", "none", "one or more numbers, or --all-steps")
         run = open_run(config.workdir)
-        num_timesteps = run.config.num_timesteps
+        num_timesteps, loss_type = run.config.num_timesteps, run.config.loss_type
+        require(loss_type != "mean_flow", "workdir", config.workdir, "another run than one of mean_flow")
         for calls in config.calls:
             require(1 <= calls <= num_timesteps, "calls", calls, f"between 1 and the run's {num_timesteps} timesteps")
         tables = {
@@ -98,12 +98,12 @@ def main() -> None:
         for space, distance in distances.items():
             curves[space].setdefault(name, {})[len(table.t)] = distance
         print(as_row(name, len(table.t), distances), flush=True)
-    with one_line_if_unwritable(Path(config.workdir)):
+    with one_line_if_unwritable(run.results):
         results = {"images": count, "seed": config.seed, "step": int(state.step), "spacing": config.spacing}
         results |= {"test": floors, "distances": curves}
-        (Path(config.workdir) / "samplers.json").write_text(json.dumps(results, indent=2) + "\n")
-        save_curves(Path(config.workdir) / "samplers.png", curves, floors)
-    print(f"wrote {config.workdir}/samplers.json and samplers.png", file=sys.stderr)
+        (run.results / "samplers.json").write_text(json.dumps(results, indent=2) + "\n")
+        save_curves(run.results / "samplers.png", curves, floors)
+    print(f"wrote {run.results / 'samplers.json'} and samplers.png", file=sys.stderr)
 
 
 def as_row(name: str, calls: int | str, distances: dict[str, float]) -> str:

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -36,7 +35,7 @@ FLOW_STEPS, FLOW_BATCH, CONVERGED = (32, 64, 128, 256, 512), 50, 0.01  # bits pe
 @dataclasses.dataclass(frozen=True)
 class Config:
     workdir: str = "runs/mnist"
-    """Folder of the run, where evaluation.json and bound.png are written."""
+    """Folder of the run, where evaluation.json and bound.png are written; or a file of export.py (results go here)."""
     checkpoint: Literal["newest", "best"] = "newest"
     """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None
@@ -80,24 +79,24 @@ def main() -> None:
     labels = model.labels_in_turn(run.config, count)
     samples = run.draw(state.ema_params, table, random_key(config.seed), labels, config.guidance_scale)
     results = {
-        "step": int(state.step), "calls": len(table.t), "sampler": config.sampler or run.default_sampler, "eta": config.eta, "seed": config.seed,
-        "guidance_scale": config.guidance_scale, "classifier_accuracy": accuracy,
+        "step": int(state.step), "calls": len(table.t), "sampler": config.sampler or run.default_sampler, "eta": config.eta,
+        "seed": config.seed, "guidance_scale": config.guidance_scale, "classifier_accuracy": accuracy,
         **judge(samples, train, test, describe, config.seed, labels if run.config.conditional else None),
     }  # fmt: skip
     bits = None
     if config.bound_images:
         bits, results["bits_per_dim_error"] = bound(config, run, state.ema_params, test)
         results["bits_per_dim"] = float(bits.sum())
-    with one_line_if_unwritable(Path(config.workdir)):
-        (Path(config.workdir) / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    with one_line_if_unwritable(run.results):
+        (run.results / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
         if bits is not None:
-            save_bound_figure(Path(config.workdir) / "bound.png", bits)
+            save_bound_figure(run.results / "bound.png", bits)
     if config.likelihood_images:
         results |= exact_likelihood(config, run, state.ema_params, test)
-        with one_line_if_unwritable(Path(config.workdir)):
-            (Path(config.workdir) / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+        with one_line_if_unwritable(run.results):
+            (run.results / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     print(as_table(results))
-    print(f"wrote {config.workdir}/evaluation.json", file=sys.stderr)
+    print(f"wrote {run.results / 'evaluation.json'}", file=sys.stderr)
 
 
 def bound(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> tuple[Float[np.ndarray, " T+1"], float]:

@@ -23,7 +23,7 @@ from support.saved_run import Sampler, check_guidance, open_run, sampler_table
 @dataclasses.dataclass(frozen=True)
 class Config:
     workdir: str = "runs/mnist"
-    """Folder of the run."""
+    """Folder of the run, or a file of export.py; if runs/mnist does not exist, the network that comes with the project."""
     checkpoint: Literal["newest", "best"] = "newest"
     """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     num_samples: int | None = None
@@ -35,7 +35,7 @@ class Config:
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default T."""
     sampler: Sampler | None = None
-    """Solver; by default ancestral, or ddim for a mean_flow run. ancestral uses the run's --sigma-type; dpm_solver is DPM-Solver++(2M)."""
+    """Solver; by default ancestral (with the run's --sigma-type), or ddim for mean_flow. dpm_solver is DPM-Solver++(2M)."""
     spacing: Spacing | None = None
     """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow; by default flow (unipc) or time."""
     eta: float = 0.0

@@ -56,7 +56,7 @@ EQUIVALENT = {
     "jnp.where(x <= -0.999": "no level is there",
 }
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "chex", "optax", "flax.linen", "scipy.stats", "beartype", "jaxtyping"])
+PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "chex", "optax", "flax.linen", "scipy.stats", "beartype"])
 
 
 class Mutant(NamedTuple):

@@ -81,7 +81,7 @@ def test_momentum_is_nesterovs():
     assert np.array_equal(np.sign(update["kernel"]), np.diag([1, -1]))
 
 
-@pytest.mark.parametrize("warmup, peak", [(4, 4), (100, 6)])
+@pytest.mark.parametrize(("warmup", "peak"), [(4, 4), (100, 6)])
 def test_the_warmup_is_linear_and_at_most_half_of_the_iterations(warmup, peak):
     rates = np.array([dj.cosine_decay(0.1, 12, warmup)(step) for step in range(13)])
     np.testing.assert_allclose(rates[: peak + 1], 0.1 * np.arange(peak + 1) / peak, atol=1e-7)

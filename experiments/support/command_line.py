@@ -27,6 +27,7 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (lambda value: 0 < value < math.inf, "positive and finite"),
     "warmup": (lambda value: value >= 0, "at least 0"),
     "ema_decay": (lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+    "training_guidance": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
     "label_dropout": (lambda value: 0 < value < 1, "strictly between 0 and 1"),
     "likelihood_images": (lambda value: value >= 0, "at least 0"),
     "bound_images": (lambda value: value == 0 or value >= 2, "0, or at least 2"),

@@ -168,8 +168,9 @@ def check(config: Config) -> None:
     require(bounded, "target_type", config.target_type, "other than pred_v with ve, where it grows with the noise")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")
     if config.loss_type == "mean_flow":
-        require(config.noise_schedule_type == "flow", "noise_schedule_type", config.noise_schedule_type, "flow with mean_flow")
-        require(config.target_type == "pred_u", "target_type", config.target_type, "pred_u with --loss-type mean_flow")
-        require(config.loss_weighting == "none", "loss_weighting", config.loss_weighting, "none with --loss-type mean_flow")
-    guided = config.conditional and config.loss_type == "mean_flow"
-    require(guided or config.training_guidance == 1, "training_guidance", config.training_guidance, "1 unless --conditional and mean_flow")
+        wanted = {"noise_schedule_type": "flow", "target_type": "pred_u", "loss_weighting": "none"}
+        for name, value in wanted.items():
+            require(getattr(config, name) == value, name, getattr(config, name), f"{value} with --loss-type mean_flow")
+    guided = config.training_guidance != 1
+    allowed = config.conditional and config.loss_type == "mean_flow"
+    require(allowed or not guided, "training_guidance", config.training_guidance, "1 unless --conditional and of mean_flow")

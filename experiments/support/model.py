@@ -27,7 +27,7 @@ SCHEDULES = {
     "ve": dj.variance_exploding_schedule,
 }
 OPTIMIZERS = {"adam": dj.adam_with_cosine_decay, "muon": dj.muon_with_cosine_decay}
-INSTANTANEOUS = 0.5
+INSTANTANEOUS = 0.25
 LARGEST_TIME = 10.0  # that a network of two times is told, whose derivative by the time then stays moderate
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -95,9 +95,10 @@ def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
         t = jnp.maximum(first, second)
         s = jnp.where(uniform(keys, 5) < INSTANTANEOUS, t, jnp.minimum(first, second) - 1)
         eps = jax.vmap(lambda key: jax.random.normal(key, IMAGE_SHAPE, jnp.float32))(keys)
-        velocity = guided_velocity(two_times(config, params, None), config.training_guidance)
-        network = two_times(config, params, kept)
-        return mean_flow_loss(config.num_timesteps, network, x_0, t, s, eps, velocity if config.training_guidance != 1 else None)
+        velocity = None
+        if config.training_guidance != 1:
+            velocity = guided_velocity(two_times(config, params, None), config.training_guidance)
+        return mean_flow_loss(config.num_timesteps, two_times(config, params, kept), x_0, t, s, eps, velocity)
 
     return loss_fn
 

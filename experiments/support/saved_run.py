@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -16,26 +17,37 @@ from diffusion_jax.checkpoints import open_checkpoints, restore, restore_latest
 from support import model
 from support.command_line import require
 from support.config import Config, check
+from support.exported import SUFFIX, read_options, read_params
 from support.machine import random_key
-from support.workdir import read_config
+from support.workdir import read_config, with_added
 
 BATCH = 256
+DEFAULT_WORKDIR, TRAINED = "runs/mnist", Path(__file__).parents[1] / "mnist.safetensors"
 Sampler = Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis", "consistency"]
 
 
 class SavedRun(NamedTuple):
-    """A run of mnist.py: its folder, its options, and the schedule that they describe."""
+    """A run of mnist.py: its folder or the file of its network, its options, and the schedule that they describe."""
 
     workdir: str
     config: Config
     schedule: dj.NoiseSchedule
 
     @property
+    def results(self) -> Path:
+        """Where scripts write about the run: its folder, or the current one for a network in a file."""
+        return Path() if is_file(self.workdir) else Path(self.workdir)
+
+    @property
     def default_sampler(self) -> Sampler:
         return "ddim" if self.config.loss_type == "mean_flow" else "ancestral"
 
     def restore(self, checkpoint: str) -> dj.TrainState:
-        """The state at the "newest" or "best" checkpoint. Raises ValueError if there is none."""
+        """The state at the "newest" or "best" checkpoint, or that of the file. Raises ValueError if there is none."""
+        if is_file(self.workdir):
+            state = model.initial_state(self.config, random_key(0))
+            params, step = read_params(Path(self.workdir), state.params)
+            return state.replace(params=params, ema_params=params, step=np.int32(step))
         with open_checkpoints(Path(self.workdir) / "checkpoints") as checkpoints:
             if checkpoints.latest_step() is None:
                 raise ValueError(f"--workdir must hold a run with a checkpoint, and {self.workdir} has none yet")
@@ -64,9 +76,15 @@ class SavedRun(NamedTuple):
 
 
 def open_run(workdir: str) -> SavedRun:
-    """The run of mnist.py in `workdir`. Raises ValueError if it holds another run, or none."""
+    """The run of mnist.py in `workdir`, or the network in that file. Raises ValueError if it holds another run, or none.
+
+    The default folder, where nothing has been trained in it, stands for the network that comes with the project.
+    """
+    if workdir == DEFAULT_WORKDIR and not Path(workdir).exists():
+        workdir = str(TRAINED)
+        print(f"{DEFAULT_WORKDIR} does not exist: using {TRAINED.name}, which comes with the project", file=sys.stderr)
     names = {field.name for field in dataclasses.fields(Config)}
-    saved = read_config(workdir, names)
+    saved = with_added(read_options(Path(workdir)), names) if is_file(workdir) else read_config(workdir, names)
     if set(saved) != names:
         odd = ", ".join(sorted(set(saved) ^ names))
         raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {workdir}/config.json differs in {odd}")
@@ -82,6 +100,10 @@ def open_run(workdir: str) -> SavedRun:
     except ValueError as problem:
         raise ValueError(f"--workdir must hold a run of experiments/mnist.py; in {workdir}/config.json {problem}") from None
     return SavedRun(workdir, config, model.make_schedule(config))
+
+
+def is_file(workdir: str) -> bool:
+    return workdir.endswith(SUFFIX)
 
 
 def solver_table(

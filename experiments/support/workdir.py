@@ -28,6 +28,7 @@ ADDED = {
     "depth": 6,
     "patch_size": 1,
     "optimizer": "adam",
+    "training_guidance": 1.0,
 }
 HIDDEN = {
     "__macosx",
@@ -107,6 +108,10 @@ def read_config(workdir: str | Path, names: Collection[str]) -> dict[str, Any]:
         raise ValueError(f"--workdir must be the folder of a run, with its config.json; got {workdir} ({problem})") from None
     if not isinstance(config, dict):
         raise ValueError(f"--workdir must be the folder of a run; {workdir}/config.json holds no options but {config!r:.50}")
+    return with_added(config, names)
+
+
+def with_added(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in ADDED.items() if name in names} | config
 
 

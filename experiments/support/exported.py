@@ -1,0 +1,52 @@
+"""A trained network as one file: its parameters by name, and the options of its run in the metadata (docs/export.md)."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import DTypeLike, PyTree
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save
+
+SUFFIX = ".safetensors"
+
+
+def write_model(file: Path, config: Any, params: PyTree, step: int, dtype: DTypeLike) -> None:
+    """Write the parameters in `dtype`; what the file held before stays until the new one is whole."""
+    tensors = {name: jnp.asarray(x, dtype) for name, x in flatten_dict(params, sep="/").items()}
+    new = file.with_name(f"{file.name}.new")
+    new.write_bytes(save(tensors, {"config": json.dumps(dataclasses.asdict(config)), "step": str(step)}))
+    new.replace(file)
+
+
+def read_options(file: Path) -> dict[str, Any]:
+    """The options of the run, as they were written. Raises ValueError if the file is not one of `write_model`."""
+    return json.loads(_metadata(file)["config"])
+
+
+def read_params(file: Path, like: PyTree) -> tuple[PyTree, int]:
+    """The parameters in the dtypes of `like`, and their step. Raises ValueError unless names and shapes are those of `like`."""
+    with safe_open(file, "flax") as tensors:
+        found = {name: np.asarray(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118  it is no dict
+    wanted = {name: np.asarray(x) for name, x in flatten_dict(like, sep="/").items()}
+    shapes = [{name: x.shape for name, x in arrays.items()} for arrays in (found, wanted)]
+    for name, shape in {**shapes[1], **shapes[0]}.items():
+        if not shapes[0].get(name) == shape == shapes[1].get(name):
+            raise ValueError(f"{file} does not fit its own options, which say {name} {shapes[1].get(name)}")
+    params = {name: x.astype(wanted[name].dtype) for name, x in found.items()}
+    return unflatten_dict(params, sep="/"), int(_metadata(file)["step"])
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, "flax") as tensors:
+            metadata = tensors.metadata() or {}
+    except (SafetensorError, OSError) as problem:
+        raise ValueError(f"--workdir must be a folder or a file of experiments/export.py; {file}: {problem}") from None
+    if not {"config", "step"} <= set(metadata):
+        raise ValueError(f"--workdir must be a folder or a file of experiments/export.py; {file} has no options in it")
+    return metadata

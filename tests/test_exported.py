@@ -1,0 +1,103 @@
+"""A network in a .safetensors file: every bit comes back, other readers find the same numbers, and wrong files are refused."""
+
+import dataclasses
+import json
+import struct
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from support import model
+from support.config import Config
+from support.exported import read_params, write_model
+from support.saved_run import open_run, solver_table
+
+CONFIG = Config(embed_dim=4, dim_scales=(1,), num_timesteps=12)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.device_get(model.initial_state(CONFIG, jax.random.key(3)).params)
+
+
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert {x.dtype for x in jax.tree.leaves(one)} == {np.dtype(np.float32)}
+
+
+def test_every_bit_of_float32_comes_back_with_the_options(tmp_path, params):
+    file = tmp_path / "net.safetensors"
+    write_model(file, CONFIG, params, 7, np.float32)
+    run = open_run(str(file))
+    state = run.restore("newest")
+    assert (run.config, int(state.step), run.schedule.num_timesteps) == (CONFIG, 7, 12)
+    equal(state.ema_params, params)
+    plain = safetensors.numpy.load_file(file)
+    assert plain["down_0_block_1/conv_1/kernel"].shape == (3, 3, 4, 4)
+    np.testing.assert_array_equal(plain["time_1/kernel"], params["time_1"]["kernel"])
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_bfloat16_keeps_the_upper_half_of_each_number(tmp_path, params):
+    file = tmp_path / "net.safetensors"
+    write_model(file, CONFIG, params, 7, jax.numpy.bfloat16)
+    upper = jax.tree.map(lambda x: (x.view(np.uint32) + 0x7FFF + (x.view(np.uint32) >> 16 & 1)) & np.uint32(0xFFFF0000), params)
+    equal(read_params(file, params)[0], jax.tree.map(lambda x: x.view(np.float32), upper))
+
+
+def test_a_file_and_its_run_draw_the_same_samples(tmp_path, params):
+    file = tmp_path / "net.safetensors"
+    write_model(file, CONFIG, params, 7, np.float32)
+    run = open_run(str(file))
+    table, labels = solver_table("ddim", run.schedule, 2), np.arange(3)
+    mine = run.draw(run.restore("newest").ema_params, table, jax.random.key(0), labels)
+    direct = model.make_sampler(CONFIG, run.schedule)(params, table, jax.random.key(0), labels)
+    np.testing.assert_array_equal(mine, direct)
+
+
+def test_options_that_are_newer_than_the_file_have_the_value_that_describes_it(tmp_path, params):
+    file = tmp_path / "net.safetensors"
+    older = dataclasses.make_dataclass("Older", [f for f in dataclasses.asdict(CONFIG) if f != "patch_size"])
+    options = {name: value for name, value in dataclasses.asdict(CONFIG).items() if name != "patch_size"}
+    write_model(file, older(**options), params, 7, np.float32)
+    assert open_run(str(file)).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        (b"", "header"),
+        (b"no tensors at all", "header"),
+        (struct.pack("<Q", 2) + b"{}", "has no options in it"),
+    ],
+)
+def test_another_file_is_refused_in_one_line(tmp_path, content, said):
+    file = tmp_path / "net.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"--workdir must be a folder or a file of experiments/export.py; .*{said}") as problem:
+        open_run(str(file))
+    assert "\n" not in str(problem.value)
+
+
+def test_a_network_that_is_not_that_of_its_options_is_refused(tmp_path, params):
+    file = tmp_path / "net.safetensors"
+    write_model(file, dataclasses.replace(CONFIG, embed_dim=8), params, 7, np.float32)
+    with pytest.raises(ValueError, match=r"net.safetensors does not fit its own options, which say \S+ \(.*\)"):
+        open_run(str(file)).restore("newest")
+    write_model(file, CONFIG, {name: x for name, x in params.items() if name != "stem"}, 7, np.float32)
+    with pytest.raises(ValueError, match="which say stem/"):
+        open_run(str(file)).restore("newest")
+
+
+@pytest.mark.parametrize("change", [{"embed_dim": 5}, {"target_type": "mse"}, {"more": 1}])
+def test_wrong_options_in_the_file_are_refused(tmp_path, params, change):
+    file = tmp_path / "net.safetensors"
+    tensors = {"x": np.zeros(1, np.float32)}
+    options = json.dumps(dataclasses.asdict(CONFIG) | change)
+    file.write_bytes(safetensors.numpy.save(tensors, {"config": options, "step": "1"}))
+    with pytest.raises(ValueError, match="--workdir must hold a run"):
+        open_run(str(file))
