@@ -49,7 +49,7 @@ def embed_condition(
 ) -> Float[Array, "B width"]:
     """silu(MLP(embedding of t) + embedding of the label), by layers of the calling module.
 
-    The MLP's hidden layer also takes in the embedding of t - s where there is a second time s.
+    The MLP's hidden layer also takes in the embedding of t - s where there is a second time s, with weights that start at zero.
 
     The label `num_classes`, or no labels at all, means unconditional; any other label that is not a class gives NaN. Raises
     ValueError if there are labels without classes, or not one for each example.
@@ -58,7 +58,8 @@ def embed_condition(
         raise ValueError(f"labels need num_classes and the shape {t.shape}, got {num_classes} and {labels.shape}")
     time = Dense(width, dtype, name="time_1")(timestep_embedding(t, embed_dim))
     if s is not None:
-        time = time + Dense(width, dtype, name="interval")(timestep_embedding(t - s, embed_dim))
+        interval = nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=nn.initializers.zeros, name="interval")
+        time = time + interval(timestep_embedding(t - s, embed_dim))
     time = Dense(width, dtype, name="time_2")(silu(time))
     if num_classes:
         labels = jnp.full(len(t), num_classes) if labels is None else labels

@@ -3,11 +3,11 @@
 On rectified flow, x_t = (1 - t/T) x_0 + (t/T) eps moves at the velocity T dx_t/dt = eps - x_0, whose mean given x_t is v. The
 network predicts the average of v on the way from t down to s,
 
-    u(x_t, t, s) = 1 / (t - s) integral_s^t v(x_r, r) dr,   x_s = x_t - (t - s) / T u(x_t, t, s)      (12)
+    u(x_t, t, s) = 1 / (t - s) integral_s^t v(x_r, r) dr,   x_s = x_t - (t - s) / T u(x_t, t, s)      (19)
 
 which is v itself for s = t. The derivative of (t - s) u by t along the flow gives the identity to train by:
 
-    u = v - (t - s) du/dt,   du/dt = v / T grad_x u + partial_t u                                     (13)
+    u = v - (t - s) du/dt,   du/dt = v / T grad_x u + partial_t u                                     (20)
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from diffusion_jax.sampling import SamplerTable, Steps, as_times, make_table
 from diffusion_jax.schedules import NoiseSchedule, flow_schedule
 
 Network = Callable[[Array, Array, Array], Array]
-"""network(x_t, t, s) -> u of eq. 12, of x_t's shape, for 0 <= s <= t <= T."""
+"""network(x_t, t, s) -> u of eq. 19, of x_t's shape, for 0 <= s <= t <= T."""
 SMALL = 1e-3
 
 
@@ -37,7 +37,7 @@ def mean_flow_loss(
     velocity: Callable[[Array, Array, Array], Array] | None = None,
     power: float = 1.0,
 ) -> Float[Array, "B *shape"]:
-    """The squared distance of u(x_t, t, s) to the right side of eq. 13, which has no gradient.
+    """The squared distance of u(x_t, t, s) to the right side of eq. 20, which has no gradient.
 
     The gradient of an example, not the value, has the weight 1 / (mean squared distance + 1e-3)^power [Geng et al. 2025,
     sec. 4.3]. The velocity v is eps - x_0, unless `velocity(x_t, t, eps - x_0)` gives another: that of a trained flow, to
@@ -68,7 +68,7 @@ def guided_velocity(network: Network, scale: float) -> Callable[[Array, Array, A
 def jumping(network: Network, table: SamplerTable) -> Predict:
     """predict(x_t, t) = u(x_t, t, s) with the target "pred_u", where the row of `table` at t goes to s.
 
-    That is s = a t: `ddim_table` on rectified flow takes eq. 12 from each of its times to the next, and `consistency_table`
+    That is s = a t: `ddim_table` on rectified flow takes eq. 19 from each of its times to the next, and `consistency_table`
     goes to the data. Neither x_0_hat may be clipped unless s = 0.
     """
 

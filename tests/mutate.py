@@ -31,6 +31,7 @@ SUITES = {  # the quickest to notice first
     "solvers": "peers sampling paths",
     "likelihood": "likelihood flow_likelihood",
     "editing": "editing",
+    "mean_flow": "mean_flow",
     "optimizers": "optimizers",
 }
 OPERATORS = {
