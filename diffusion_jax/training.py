@@ -19,6 +19,7 @@ class TrainState(train_state.TrainState):
     """step, params and opt_state, with an exponential moving average of the parameters. Nothing else is needed to resume."""
 
     params: PyTree = struct.field(pytree_node=True)
+    opt_state: PyTree = struct.field(pytree_node=True)
     ema_params: PyTree = struct.field(pytree_node=True)
 
 

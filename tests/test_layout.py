@@ -81,3 +81,4 @@ def lines_of_code(file: Path) -> int:
 def test_the_public_names_exist_and_the_versions_agree():
     assert all(hasattr(diffusion_jax, name) for name in diffusion_jax.__all__)
     assert importlib.metadata.version("diffusion-jax") == diffusion_jax.__version__
+    assert f"\nversion: {diffusion_jax.__version__}\n" in (PACKAGE.parent / "CITATION.cff").read_text()
