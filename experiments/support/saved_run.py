@@ -47,7 +47,7 @@ class SavedRun(NamedTuple):
         if is_file(self.workdir):
             state = model.initial_state(self.config, random_key(0))
             params, step = read_params(Path(self.workdir), state.params)
-            return state.replace(params=params, ema_params=params, step=np.int32(step))
+            return state.replace(params=params, ema_params=params, step=step)
         with open_checkpoints(Path(self.workdir) / "checkpoints") as checkpoints:
             if checkpoints.latest_step() is None:
                 raise ValueError(f"--workdir must hold a run with a checkpoint, and {self.workdir} has none yet")
