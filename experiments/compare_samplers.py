@@ -38,6 +38,8 @@ SAMPLERS = {
     "DEIS": partial(solver_table, "deis"),
 }
 
+MEAN_FLOW_SAMPLERS = {"MeanFlow": partial(solver_table, "ddim"), "consistency": partial(solver_table, "consistency")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -67,14 +69,14 @@ def main() -> None:
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         require(bool(config.calls) or config.all_steps, "calls", "none", "one or more numbers, or --all-steps")
         run = open_run(config.workdir)
-        num_timesteps, loss_type = run.config.num_timesteps, run.config.loss_type
-        require(loss_type != "mean_flow", "workdir", config.workdir, "another run than one of mean_flow")
+        num_timesteps, few_calls = run.config.num_timesteps, run.config.loss_type == "mean_flow"
+        require(not (few_calls and config.all_steps), "all_steps", True, "left out for a mean_flow run")
         for calls in config.calls:
             require(1 <= calls <= num_timesteps, "calls", calls, f"between 1 and the run's {num_timesteps} timesteps")
         tables = {
             (name, calls): make(run.schedule, calls=calls, spacing=config.spacing)
             for calls in config.calls
-            for name, make in SAMPLERS.items()
+            for name, make in (MEAN_FLOW_SAMPLERS if few_calls else SAMPLERS).items()
         }
         if config.all_steps:
             tables["ancestral, upper bound", num_timesteps] = dj.ancestral_table(run.schedule)

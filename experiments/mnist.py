@@ -22,6 +22,7 @@ from support import model
 from support.command_line import one_line_errors
 from support.config import MAY_DIFFER, Config, parse_run
 from support.data import ImageData, load_dataset, to_model_input
+from support.exported import started_from
 from support.loop import train_in
 from support.machine import prepare_machine, random_key
 from support.pictures import grid, save_animation
@@ -40,6 +41,7 @@ def main() -> None:
             preview_table = model.default_table(config, schedule, min(50, config.num_timesteps))
             init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
             state = model.initial_state(config, init_key)
+            state = started_from(Path(config.init), state) if config.init else state
         data = in_turn(lambda: load_dataset(config.dataset, config.data_dir))
         config = dataclasses.replace(config, dataset=data.name)
         check_same_everywhere("options and data", fingerprint(config, data))

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from support import model
 from support.config import Config
-from support.exported import read_params, write_model
+from support.exported import read_params, started_from, write_model
 from support.saved_run import open_run, solver_table
 
 CONFIG = Config(embed_dim=4, dim_scales=(1,), num_timesteps=12)
@@ -57,6 +57,17 @@ def test_a_file_and_its_run_draw_the_same_samples(tmp_path, params):
     np.testing.assert_array_equal(mine, direct)
 
 
+def test_a_run_may_start_from_a_file(tmp_path, params):
+    file = tmp_path / "net.safetensors"
+    write_model(file, CONFIG, params, 7, np.float32)
+    state = started_from(file, model.initial_state(CONFIG, jax.random.key(0)))
+    equal(state.params, params)
+    equal(state.ema_params, params)
+    assert int(state.step) == 0
+    shared = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.params)}
+    assert not shared & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.ema_params)}  # both are donated
+
+
 def test_options_that_are_newer_than_the_file_have_the_value_that_describes_it(tmp_path, params):
     file = tmp_path / "net.safetensors"
     older = dataclasses.make_dataclass("Older", [f for f in dataclasses.asdict(CONFIG) if f != "patch_size"])
@@ -78,7 +89,7 @@ def test_another_file_is_refused_in_one_line(tmp_path, content, said):
     file = tmp_path / "net.safetensors"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"--workdir must be a folder or a file of experiments/export.py; .*{said}") as problem:
+    with pytest.raises(ValueError, match=rf"a trained network must be in a file of experiments/export.py; .*{said}") as problem:
         open_run(str(file))
     assert "\n" not in str(problem.value)
 
@@ -86,7 +97,7 @@ def test_another_file_is_refused_in_one_line(tmp_path, content, said):
 def test_a_network_that_is_not_that_of_its_options_is_refused(tmp_path, params):
     file = tmp_path / "net.safetensors"
     write_model(file, dataclasses.replace(CONFIG, embed_dim=8), params, 7, np.float32)
-    with pytest.raises(ValueError, match=r"net.safetensors does not fit its own options, which say \S+ \(.*\)"):
+    with pytest.raises(ValueError, match=r"net.safetensors does not fit the options of the run, which say \S+ \(.*\)"):
         open_run(str(file)).restore("newest")
     write_model(file, CONFIG, {name: x for name, x in params.items() if name != "stem"}, 7, np.float32)
     with pytest.raises(ValueError, match="which say stem/"):

@@ -27,7 +27,9 @@ def imported_modules(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("module", ["schedules", "diffusion", "losses", "sampling", "solvers", "likelihood", "editing", "mean_flow"])
+@pytest.mark.parametrize(
+    "module", ["schedules", "diffusion", "losses", "sampling", "solvers", "likelihood", "editing", "mean_flow"]
+)
 def test_the_mathematics_knows_no_network_optimizer_checkpoint_or_data_set(module):
     forbidden = ("flax", "optax", "orbax", "tensorflow")
     assert not [name for name in imported_modules(PACKAGE / f"{module}.py") if name.startswith(forbidden)]

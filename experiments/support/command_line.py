@@ -17,7 +17,7 @@ from support.data import DataUnavailable
 from support.machine import why_no_device
 
 Config = TypeVar("Config")
-PATHS = ("workdir", "data_dir", "folder", "samples", "out")
+PATHS = ("workdir", "data_dir", "folder", "samples", "out", "init")
 COUNTS = ("depth", "iterations", "batch_size", "num_timesteps", "checkpoint_every", "num_samples", "num_images", "size")
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(COUNTS, (lambda value: value is None or value >= 1, "at least 1")),

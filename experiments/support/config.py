@@ -92,6 +92,8 @@ class Training:
     """Learning rate at the start of its cosine decay."""
     warmup: int = 0
     """Warm-up steps of the learning rate, at most half of all steps."""
+    init: str | None = None
+    """Network to start from, a file of export.py; by default random parameters."""
     ema_decay: float = 0.0
     """Decay of the parameters' moving average, which is used for sampling; 0 uses the last parameters."""
 

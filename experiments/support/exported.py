@@ -5,12 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import DTypeLike, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
+
+from diffusion_jax.training import TrainState
 
 SUFFIX = ".safetensors"
 
@@ -21,6 +24,13 @@ def write_model(file: Path, config: Any, params: PyTree, step: int, dtype: DType
     new = file.with_name(f"{file.name}.new")
     new.write_bytes(save(tensors, {"config": json.dumps(dataclasses.asdict(config)), "step": str(step)}))
     new.replace(file)
+
+
+def started_from(file: Path, state: TrainState) -> TrainState:
+    """The state before the first step, with the parameters in the file. Raises ValueError as the two functions below do."""
+    read_options(file)
+    params = jax.tree.map(jnp.asarray, read_params(file, state.params)[0])
+    return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
 def read_options(file: Path) -> dict[str, Any]:
@@ -36,7 +46,7 @@ def read_params(file: Path, like: PyTree) -> tuple[PyTree, int]:
     shapes = [{name: x.shape for name, x in arrays.items()} for arrays in (found, wanted)]
     for name, shape in {**shapes[1], **shapes[0]}.items():
         if not shapes[0].get(name) == shape == shapes[1].get(name):
-            raise ValueError(f"{file} does not fit its own options, which say {name} {shapes[1].get(name)}")
+            raise ValueError(f"{file} does not fit the options of the run, which say {name} {shapes[1].get(name)}")
     params = {name: x.astype(wanted[name].dtype) for name, x in found.items()}
     return unflatten_dict(params, sep="/"), int(_metadata(file)["step"])
 
@@ -46,7 +56,7 @@ def _metadata(file: Path) -> dict[str, str]:
         with safe_open(file, "flax") as tensors:
             metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as problem:
-        raise ValueError(f"--workdir must be a folder or a file of experiments/export.py; {file}: {problem}") from None
+        raise ValueError(f"a trained network must be in a file of experiments/export.py; {file}: {problem}") from None
     if not {"config", "step"} <= set(metadata):
-        raise ValueError(f"--workdir must be a folder or a file of experiments/export.py; {file} has no options in it")
+        raise ValueError(f"a trained network must be in a file of experiments/export.py; {file} has no options in it")
     return metadata

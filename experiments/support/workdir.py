@@ -29,6 +29,7 @@ ADDED = {
     "patch_size": 1,
     "optimizer": "adam",
     "training_guidance": 1.0,
+    "init": None,
 }
 HIDDEN = {
     "__macosx",
