@@ -73,7 +73,7 @@ class Diffusion:
     sigma_type: SigmaType = "upper_bound"
     """Variance of ancestral sampling. learned needs a hybrid or bound loss and a target other than pred_x_0."""
     loss_type: Literal["l2", "l1", "hybrid", "bound", "mean_flow"] = "l2"
-    """l2, l1, for learned variances hybrid or bound (Nichol & Dhariwal 2021), or for few steps mean_flow (Geng et al. 2025)."""
+    """l2, l1; hybrid or bound for learned variances (Nichol & Dhariwal 2021); mean_flow for few steps (Geng et al. 2025)."""
     training_guidance: float = 1.0
     """Guidance scale in the target of the mean_flow loss, for conditional runs."""
     loss_weighting: Literal["none", "min_snr"] = "none"

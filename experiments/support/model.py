@@ -59,11 +59,10 @@ def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
 
 def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
     """loss_fn(params, ((images, labels), u), keys) -> the loss of each example. u determines t if the run is stratified."""
-    if config.loss_type == "mean_flow":
-        return make_mean_flow_loss(config, schedule)
     weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
     losses = {
         "hybrid": partial(dj.hybrid_loss, weight=weight),
+        "mean_flow": dj.diffusion_loss,
         **{name: partial(dj.diffusion_loss, loss_type=name, weight=weight) for name in ("l2", "l1")},
     }
     # the bound within the hybrid loss is right for uniform t only
@@ -84,21 +83,21 @@ def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
     return loss_fn
 
 
-def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
-    """As `make_loss`. t > s are two draws of the time density, and s = t for a fraction of the examples."""
-    probabilities = time_density(schedule, config.time_density)
+def make_mean_flow_loss(config: Config) -> Callable:
+    """As `make_loss`, for averages between two uniform times t > s, and for a fraction of the examples for the velocity."""
+    steps = config.num_timesteps
 
     def loss_fn(params, batch, keys):
         (images, labels), u = batch
         x_0, kept = to_model_input(images), with_dropout(labels, keys, config.label_dropout)
-        first, second = (draw_times(probabilities, v) for v in (u if config.stratified else uniform(keys, 3), uniform(keys, 4)))
+        first, second = (1 + jnp.floor(steps * v) for v in (u if config.stratified else uniform(keys, 3), uniform(keys, 4)))
         t = jnp.maximum(first, second)
         s = jnp.where(uniform(keys, 5) < INSTANTANEOUS, t, jnp.minimum(first, second) - 1)
         eps = jax.vmap(lambda key: jax.random.normal(key, IMAGE_SHAPE, jnp.float32))(keys)
         velocity = None
         if config.training_guidance != 1:
             velocity = guided_velocity(two_times(config, params, None), config.training_guidance)
-        return mean_flow_loss(config.num_timesteps, two_times(config, params, kept), x_0, t, s, eps, velocity)
+        return mean_flow_loss(steps, two_times(config, params, kept), x_0, t, s, eps, velocity)
 
     return loss_fn
 
@@ -114,9 +113,14 @@ def with_dropout(labels: Int[Array, " B"], keys: Key[Array, " B"], share: float)
 
 
 def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: Key[Array, ""]) -> Callable:
-    """step(state, number) -> (state, metrics), on all devices; see `batches.make_step`."""
+    """step(state, number) -> (state, metrics), on all devices; see `batches.make_step`.
+
+    The first half of the steps of a mean_flow run trains the velocity alone, which the averages then start from.
+    """
     arrays = data.images, data.labels.astype(np.int32)
-    return batches.make_step(make_loss(config, schedule), arrays, key, config.seed, config.batch_size, config.ema_decay)
+    losses = [make_loss(config, schedule), *([make_mean_flow_loss(config)] if config.loss_type == "mean_flow" else [])]
+    steps = [batches.make_step(loss, arrays, key, config.seed, config.batch_size, config.ema_decay) for loss in losses]
+    return lambda state, number: steps[len(steps) * number // config.iterations](state, number)
 
 
 def apply_to(
