@@ -43,7 +43,7 @@ class Config:
     num_samples: int = 10_000
     """Number of generated, training and test images to compare (fewer if the data set has fewer)."""
     sampling_timesteps: int | None = None
-    """Network calls for each sample; by default min(50, T)."""
+    """See sample.py --help."""
     sampler: Sampler | None = None
     """See sample.py --help."""
     spacing: Spacing | None = None
@@ -68,8 +68,6 @@ def main() -> None:
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         run = open_run(config.workdir)
         check_guidance(run, config.guidance_scale)
-        if config.sampling_timesteps is None:
-            config = dataclasses.replace(config, sampling_timesteps=min(50, run.config.num_timesteps))
         table = sampler_table(config, run)
         train, test = (load_dataset(run.config.dataset, config.data_dir, split) for split in ("train", "test"))
         state = run.restore(config.checkpoint)

@@ -40,7 +40,11 @@ class SavedRun(NamedTuple):
 
     @property
     def default_sampler(self) -> Sampler:
-        return "ddim" if self.config.loss_type == "mean_flow" else "ancestral"
+        return "ddim" if self.config.loss_type == "mean_flow" else "unipc"
+
+    def default_calls(self, sampler: Sampler) -> int:
+        most = self.config.num_timesteps
+        return most if sampler == "ancestral" else min(4 if self.config.loss_type == "mean_flow" else 20, most)
 
     def restore(self, checkpoint: str) -> dj.TrainState:
         """The state at the "newest" or "best" checkpoint, or that of the file. Raises ValueError if there is none."""
@@ -145,7 +149,8 @@ def sampler_table(config: Any, run: SavedRun) -> dj.SamplerTable:
     require(0 <= config.eta <= 1, "eta", config.eta, "between 0 and 1")
     takes_eta = sampler in ("ddim", "dpm_solver", "dpm_solver_3m")
     require(takes_eta or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim, dpm_solver or dpm_solver_3m")
-    return solver_table(sampler, run.schedule, config.sampling_timesteps, config.spacing, run.config.sigma_type, config.eta)
+    calls = run.default_calls(sampler) if config.sampling_timesteps is None else config.sampling_timesteps
+    return solver_table(sampler, run.schedule, calls, config.spacing, run.config.sigma_type, config.eta)
 
 
 def check_guidance(run: SavedRun, scale: float) -> None:
