@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import struct
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -38,6 +40,20 @@ def test_every_bit_of_float32_comes_back_with_the_options(tmp_path, params):
     assert plain["down_0_block_1/conv_1/kernel"].shape == (3, 3, 4, 4)
     np.testing.assert_array_equal(plain["time_1/kernel"], params["time_1"]["kernel"])
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_ways_to_read_it_that_the_docs_show(tmp_path, params, monkeypatch):
+    write_model(tmp_path / "mnist.safetensors", CONFIG, params, 7, np.float32)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    with_numpy, _, with_jax = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(with_numpy, names)
+    np.testing.assert_array_equal(names["kernel"], params["down_0_block_1"]["conv_1"]["kernel"])
+    exec(with_jax, names)
+    x_t, t = np.zeros((1, 32, 32, 1), np.float32), np.ones(1)
+    expected = model.make_network(CONFIG).apply({"params": params}, x_t, t)
+    np.testing.assert_array_equal(names["x_0_hat"], expected)
 
 
 def test_bfloat16_keeps_the_upper_half_of_each_number(tmp_path, params):
