@@ -10,11 +10,14 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
 
 from support import model
 from support.config import Config
 from support.exported import read_params, started_from, write_model
-from support.saved_run import open_run, solver_table
+from support.saved_run import TRAINED, open_run, solver_table
 
 CONFIG = Config(embed_dim=4, dim_scales=(1,), num_timesteps=12)
 
@@ -90,6 +93,30 @@ def test_options_that_are_newer_than_the_file_have_the_value_that_describes_it(t
     options = {name: value for name, value in dataclasses.asdict(CONFIG).items() if name != "patch_size"}
     write_model(file, older(**options), params, 7, np.float32)
     assert open_run(str(file)).config == CONFIG
+
+
+@pytest.mark.slow
+def test_the_network_that_comes_with_the_project_draws_the_digits_that_are_asked_for(tmp_path, monkeypatch):
+    """To scikit-learn's digits, which are written in other hands: of MNIST's own, their neighbors recognize 60 percent."""
+    monkeypatch.chdir(tmp_path)
+    assert TRAINED.stat().st_size <= 3e6
+    run, labels = open_run("runs/mnist"), np.arange(100) % 10
+    table = solver_table("unipc", run.schedule, 10)
+    samples = run.draw(run.restore("newest").ema_params, table, jax.random.key(0), labels, guidance_scale=2.0)
+    data = load_digits()
+    neighbors = KNeighborsClassifier(metric="cosine").fit(data.data, data.target)
+    found = neighbors.predict(np.stack([as_in_scikit_learn(sample[:, :, 0]) for sample in samples]))
+    assert np.mean(found == labels) > 0.4
+
+
+def as_in_scikit_learn(image: np.ndarray) -> np.ndarray:
+    """The digit without its margins, as 8 x 8 numbers from 0 to 16."""
+    rows, columns = (np.flatnonzero((image > 0).any(axis)) for axis in (1, 0))
+    digit = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    side, (height, width) = max(digit.shape), digit.shape
+    square = np.pad(digit, [((side - n) // 2, (side - n + 1) // 2) for n in (height, width)], constant_values=-1)
+    small = Image.fromarray(np.uint8(127.5 * (square.clip(-1, 1) + 1))).resize((8, 8), Image.Resampling.BOX)
+    return np.asarray(small).ravel() / 255 * 16
 
 
 @pytest.mark.parametrize(
