@@ -1,11 +1,11 @@
-"""MeanFlow [Geng et al. 2025]: a network of two times that goes from t to any earlier s in one call.
+"""MeanFlow [Geng et al. 2025]: a network of two times, t and s, that steps from t to any earlier s in one call.
 
-On rectified flow, x_t = (1 - t/T) x_0 + (t/T) eps moves at the velocity T dx_t/dt = eps - x_0, whose mean given x_t is v. The
-network predicts the average of v on the way from t down to s,
+On rectified flow, x_t = (1 - t/T) x_0 + (t/T) eps has the velocity T dx_t/dt = eps - x_0. Let v be its mean given x_t. The
+network predicts the average of v along the flow between s and t,
 
     u(x_t, t, s) = 1 / (t - s) integral_s^t v(x_r, r) dr,   x_s = x_t - (t - s) / T u(x_t, t, s)      (19)
 
-which is v itself for s = t. The derivative of (t - s) u by t along the flow gives the identity to train by:
+which is v itself for s = t. Differentiating (t - s) u with respect to t along the flow gives the identity for training:
 
     u = v - (t - s) du/dt,   du/dt = v / T grad_x u + partial_t u                                     (20)
 """
@@ -37,11 +37,10 @@ def mean_flow_loss(
     velocity: Callable[[Array, Array, Array], Array] | None = None,
     power: float = 1.0,
 ) -> Float[Array, "B *shape"]:
-    """The squared distance of u(x_t, t, s) to the right side of eq. 20, which has no gradient.
+    """The squared distance between u(x_t, t, s) and the right side of eq. 20, which is held constant. Unreduced.
 
-    The gradient of an example, not the value, has the weight 1 / (mean squared distance + 1e-3)^power [Geng et al. 2025,
-    sec. 4.3]. The velocity v is eps - x_0, unless `velocity(x_t, t, eps - x_0)` gives another: that of a trained flow, to
-    distill it, or one with guidance.
+    Its gradient is adaptively weighted, see below. The velocity v is eps - x_0, or what `velocity(x_t, t, eps - x_0)` returns
+    if given: for example the velocity of a trained flow, to distill it, or one with guidance.
     Raises ValueError unless eps and the prediction have x_0's shape.
     """
     t, s = (time.astype(jnp.promote_types(x_0.dtype, jnp.float32)) for time in (t, s))
@@ -51,7 +50,11 @@ def mean_flow_loss(
     u, du_dt = jax.jvp(network, (x_t, t, s), (v / num_timesteps, jnp.ones_like(t), jnp.zeros_like(s)))
     check_shape("prediction", u, x_0)
     target = v - as_column(t - s, x_0.ndim) * du_dt
-    squared = (u - jax.lax.stop_gradient(target)) ** 2
+    return adaptively_weighted((u - jax.lax.stop_gradient(target)) ** 2, power)
+
+
+def adaptively_weighted(squared: Float[Array, "B *shape"], power: float = 1.0) -> Float[Array, "B *shape"]:
+    """`squared`, whose gradient has the weight 1 / (mean of the example + 1e-3)^power [Geng et al. 2025, sec. 4.3]."""
     weight = (squared.mean(tuple(range(1, squared.ndim)), keepdims=True) + SMALL) ** -power
     weighted = jax.lax.stop_gradient(weight) * squared
     return weighted + jax.lax.stop_gradient(squared - weighted)
@@ -60,16 +63,16 @@ def mean_flow_loss(
 def guided_velocity(network: Network, scale: float) -> Callable[[Array, Array, Array], Array]:
     """velocity(x_t, t, v) = scale v + (1 - scale) u(x_t, t, t), for `mean_flow_loss` [Geng et al. 2025, eq. 19].
 
-    `network` is the one in training without the class. Samples then have classifier-free guidance at no further call.
+    `network` is the network in training, called without the class. Samples then have guidance without extra network calls.
     """
     return lambda x_t, t, v: scale * v + (1 - scale) * network(x_t, t, t)
 
 
 def jumping(network: Network, table: SamplerTable) -> Predict:
-    """predict(x_t, t) = u(x_t, t, s) with the target "pred_u", where the row of `table` at t goes to s.
+    """Make predict(x_t, t) = u(x_t, t, s), of target "pred_u", with s = a t and a from the row of `table` at t.
 
-    That is s = a t: `ddim_table` on rectified flow takes eq. 19 from each of its times to the next, and `consistency_table`
-    goes to the data. Neither x_0_hat may be clipped unless s = 0.
+    With `ddim_table` on rectified flow, s is the table's next time, so a step is eq. 19. With `consistency_table`, s is 0, the
+    data. Do not clip x_0_hat unless s = 0.
     """
 
     def predict(x_t: Float[Array, "B *shape"], t: Real[Array, " B"]) -> Any:
@@ -80,7 +83,7 @@ def jumping(network: Network, table: SamplerTable) -> Predict:
 
 
 def consistency_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None) -> SamplerTable:
-    """x_s = signal_s x_0_hat + noise_s z: predict the data, and noise it again [Song et al. 2023, alg. 1].
+    """Predict the data, then noise it again: x_s = signal_s x_0_hat + noise_s z [Song et al. 2023, alg. 1].
 
     Raises ValueError on steps outside 1..T.
     """

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 import diffusion_jax as dj
 from diffusion_jax.diffusion import Denoise, Predict
 from diffusion_jax.losses import draw_times, time_density
-from diffusion_jax.mean_flow import guided_velocity, jumping, mean_flow_loss
+from diffusion_jax.mean_flow import adaptively_weighted, guided_velocity, jumping, mean_flow_loss
 from support import batches
 from support.config import Config
 from support.data import ImageData, to_model_input
@@ -62,7 +62,7 @@ def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
     weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
     losses = {
         "hybrid": partial(dj.hybrid_loss, weight=weight),
-        "mean_flow": dj.diffusion_loss,
+        "mean_flow": lambda *args, t: adaptively_weighted(2 * dj.diffusion_loss(*args, t=t)),
         **{name: partial(dj.diffusion_loss, loss_type=name, weight=weight) for name in ("l2", "l1")},
     }
     # the bound within the hybrid loss is right for uniform t only
