@@ -1,7 +1,7 @@
 """Save and restore the training state with Orbax. A step counts as saved once its folder has its final name.
 
-A folder gets its final name after it has been read back and compared with the state in memory. Orbax and TensorStore do not
-notice a bit that flips in the values later, so each folder lists its files with their checksums.
+A folder gets its final name only after it has been read back and compared with the state in memory. Orbax and TensorStore do
+not detect a bit in the values that flips later, so each folder also holds the checksums of its files.
 """
 
 import errno
@@ -28,15 +28,15 @@ from diffusion_jax.training import TrainState
 
 CHECKSUMS = "checksums.json"
 UNFINISHED = ".orbax-checkpoint-tmp*"
-MISREAD = set("*?[]\\")  # Orbax takes a path for a glob pattern, TensorStore a backslash for a slash
+MISREAD = set("*?[]\\")  # Orbax reads a path as a glob pattern, and TensorStore reads a backslash as a slash
 _UNDER_WAY: weakref.WeakKeyDictionary[ocp.CheckpointManager, dict[int, PyTree]] = weakref.WeakKeyDictionary()
-"""The step that each manager is saving, and what it has to hold."""
+"""For each manager, the step that it is saving and the arrays of that step."""
 
 
 def open_checkpoints(directory: str | Path) -> ocp.CheckpointManager:
-    """The checkpoints in `directory`, of which the last two and that of the lowest loss (`best_step()`) are kept.
+    """Open the checkpoints in `directory`. Keeps the last two and the one with the lowest loss (`best_step()`).
 
-    Close it (or use `with`) to finish its last save. Where there are several processes it belongs to this one alone.
+    Close the manager, or use `with`, to finish the last save. If there are several processes, it belongs only to this one.
     """
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
@@ -61,9 +61,9 @@ def open_checkpoints(directory: str | Path) -> ocp.CheckpointManager:
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, loss: float | None = None) -> None:
-    """Save `state` under its step, in the background, unless that step is saved already. `loss` is what it is judged by.
+    """Save `state` under its step, in the background, unless that step is already saved. `loss` ranks it for `best_step()`.
 
-    The error of a save that failed in the background is raised by the next one, or by closing.
+    If a save fails in the background, the next save, or closing the manager, raises its error.
     """
     step = int(state.step)
     if step not in checkpoints.all_steps():
@@ -76,9 +76,9 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, loss: float | No
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The newest saved state that is whole, placed as `state` is; `state` itself if none is saved.
+    """The newest usable checkpoint, placed like `state`; `state` itself if none is saved.
 
-    A checkpoint that is damaged or of another shape is named in a warning and passed over. Raises ValueError if all are.
+    Skips a checkpoint that is damaged or differs in a shape or dtype, and warns of it. Raises ValueError if none is usable.
     """
     steps = sorted(checkpoints.all_steps(), reverse=True)
     for step in steps:
@@ -92,17 +92,17 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState) -> Tra
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
-    """The state saved at `step`, placed as `state` is. Raises ValueError if it is damaged or of another shape or dtype."""
+    """The state saved at `step`, placed like `state`. Raises ValueError if it is damaged or differs in a shape or dtype."""
     wanted = _arrays(state)
     target = _empty_like(wanted)
     try:
         _check_files(Path(checkpoints.directory) / str(step))
         _check_shapes(checkpoints.item_metadata(step), target)
         saved = checkpoints.restore(step, args=ocp.args.StandardRestore(target))
-    except Exception as problem:  # TensorStore and Orbax have many kinds
+    except Exception as problem:  # TensorStore and Orbax raise many types
         if isinstance(problem, MemoryError | OSError) and not isinstance(problem, FileNotFoundError):
-            raise  # of this machine at this moment, not of the checkpoint
-        if code := re.search(r"os_error_code='(?!2')(\d+)'", str(problem)):  # TensorStore's way to say the same
+            raise  # a problem of this machine, not of the checkpoint
+        if code := re.search(r"os_error_code='(?!2')(\d+)'", str(problem)):  # TensorStore's form of an OSError
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from problem
         where = Path(checkpoints.directory).resolve()
         raise ValueError(f"checkpoint {step} in {where} cannot be used: {_first_line(problem)}") from problem
@@ -122,7 +122,7 @@ def _first_line(problem: Exception) -> str:
 
 
 def _link_to(directory: Path) -> Path:
-    """A path to `directory` that Orbax and TensorStore read as it is. Raises ValueError if there is none."""
+    """A symbolic link to `directory` with no character of MISREAD in its path. Raises ValueError if TMPDIR has one."""
     if MISREAD & set(tempfile.gettempdir()):
         characters = " ".join(sorted(MISREAD))
         raise ValueError(f"TMPDIR must not contain any of {characters} when --workdir does, got {tempfile.gettempdir()}")
@@ -132,11 +132,11 @@ def _link_to(directory: Path) -> Path:
 
 
 def _certify(directory: Path, under_way: dict[int, PyTree]) -> None:
-    """Read the save under way back, and write its checksums, while its folder still has its temporary name.
+    """Read back the save in progress and write its checksums, before Orbax gives the folder its final name.
 
-    Raises OSError if it does not hold what it has to: Orbax then never gives it its final name.
+    Raises OSError if the folder does not hold the saved arrays; Orbax then never gives it the final name.
     """
-    step, arrays = under_way.popitem() if under_way else ("*", None)  # of a save that is not by `save`
+    step, arrays = under_way.popitem() if under_way else ("*", None)  # "*" for a save not started by `save`
     folder = max(directory.glob(f"{step}{UNFINISHED}"), key=lambda folder: folder.stat().st_mtime)
     if arrays is not None:
         _read_back(folder, arrays)
@@ -147,7 +147,7 @@ def _read_back(folder: Path, arrays: PyTree) -> None:
     try:
         target = ocp.args.StandardRestore(_empty_like(arrays))
         found = ocp.StandardCheckpointHandler().restore(epath.Path(folder / "default"), args=target)
-    except Exception as problem:  # TensorStore and Orbax have many kinds
+    except Exception as problem:  # TensorStore and Orbax raise many types
         if isinstance(problem, MemoryError):
             raise
         raise OSError(errno.EIO, f"{folder.name} cannot be read back: {_first_line(problem)}") from problem
@@ -164,7 +164,7 @@ def _write_checksums(folder: Path) -> None:
 
 
 def _set_damaged_losses_aside(directory: Path) -> None:
-    for file in directory.glob("[0-9]*/metrics/metrics"):  # Orbax reads them all to begin with, and can do without
+    for file in directory.glob("[0-9]*/metrics/metrics"):  # Orbax reads all of these at the start, but does not need them
         if not file.parts[-3].isdigit():
             continue
         try:

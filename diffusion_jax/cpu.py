@@ -1,20 +1,20 @@
-"""Layers as XLA:CPU runs them fast. Delete this file and its uses in layers.py, and everything else stays the same.
+"""Layers that run fast on XLA:CPU. You can delete this file and its uses in layers.py: only speed on CPUs changes.
 
-XLA:CPU multiplies matrices at the machine's rate. It runs convolution gradients, and the gradient of a matrix product with
-respect to its kernel, at a fourth of that rate, because these sum over pixels, which are not contiguous. So here
+XLA:CPU multiplies matrices at full speed. It is much slower at convolution gradients, and at the gradient of a matrix product
+with respect to its kernel, because these sum over pixels, which are not contiguous. So here
 
-  - the kernel's gradient of a product first transposes the gradient of its output in memory, in blocks of pixels that fit a
-    core's cache;
+  - the kernel gradient of a product first transposes the output's gradient in memory, in blocks of pixels that fit a core's
+    cache;
   - a 3x3 convolution is one matrix product: with M[(i, c), (j, d)] = kernel[i, j, c, d], rows i and columns j of the filter,
 
         y[h, w] = sum_j (sum_i x[h+i-1, w+j-1] M[i, j])     gather three rows, multiply, add up three columns
 
-    XLA's own convolution is faster for y and the input's gradient in float32 on images larger than 4x4;
-  - barriers keep a normalization from recomputing per-channel values for every pixel.
+    XLA's own convolution is used for y and the input gradient in float32 on images larger than 4x4, where it is faster;
+  - optimization barriers keep a normalization from recomputing per-channel values for every pixel.
 
-Each function has a `jax.custom_jvp` whose tangent is made of linear operations, chosen so that their transposes, which are the
-gradients, are fast. So derivatives of any order exist, in forward and reverse mode. `jax.checkpoint` keeps the input instead of
-what is computed from it.
+Each function has a `jax.custom_jvp`. Its tangent consists of linear operations whose transposes, the gradients, are fast. So
+derivatives of any order exist, in forward and reverse mode. `jax.checkpoint` saves the input for the backward pass instead of
+values computed from it.
 """
 
 import math
@@ -27,8 +27,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-BLOCK = 1024  # pixels of one product in a gradient: its operands fit a core's cache
-SMALL_IMAGE = 16  # pixels, up to which XLA:CPU's float32 convolution is slower than a matrix product
+BLOCK = 1024  # pixels per product in a gradient, so that its operands fit a core's cache
+SMALL_IMAGE = 16  # pixels; up to this size XLA:CPU's float32 convolution is slower than a matrix product
 
 
 @jax.custom_jvp
@@ -55,9 +55,9 @@ def _product_with_tangent(x, dkernel):
 
 
 def _by_blocks(blocks: Float[Array, "blocks P C"], dkernel: Float[Array, "C D"]) -> Float[Array, "blocks D P"]:
-    """The transpose of each block @ dkernel. Its own transpose is a sum of products over blocks, added up in float32."""
+    """(block @ dkernel).T for each block. The gradient of dkernel sums products over the blocks, in float32."""
     turned = dkernel.T.astype(jnp.promote_types(dkernel.dtype, jnp.float32))
-    turned = jax.lax.optimization_barrier(turned)  # keeps XLA from turning the products' operands instead
+    turned = jax.lax.optimization_barrier(turned)  # keeps XLA from transposing the products' operands instead
     copies = jnp.broadcast_to(turned, (len(blocks), *turned.shape)).astype(blocks.dtype)
     products = jax.lax.dot_general(copies, blocks, (((2,), (2,)), ((0,), (0,))))
     return jax.lax.optimization_barrier(with_layout_constraint(products, Layout((0, 1, 2))))
@@ -65,7 +65,7 @@ def _by_blocks(blocks: Float[Array, "blocks P C"], dkernel: Float[Array, "C D"])
 
 @jax.custom_jvp
 def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
-    """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge."""
+    """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zero padding."""
     return _convolution(x, kernel) if _xla_is_faster(x) else _columns_added(_rows_gathered(x) @ _as_matrix(kernel))
 
 
@@ -83,7 +83,7 @@ def _convolution_of_tangent(dx, kernel):
         return _columns_added(_rows_concatenated(dx) @ _as_matrix(kernel))
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     like = jax.ShapeDtypeStruct((*dx.shape[:-1], kernel.shape[-1]), dx.dtype)
-    return jax.linear_transpose(lambda g: _convolution(g, turned), like)(dx)[0]  # its transpose is that convolution again
+    return jax.linear_transpose(lambda g: _convolution(g, turned), like)(dx)[0]  # so its transpose is a plain convolution
 
 
 @jax.checkpoint
@@ -98,7 +98,7 @@ def _convolution_with_tangent(x, dkernel):
 
 
 def is_zero(tangent: Any) -> bool:
-    """Whether a tangent is known to be zero before anything is computed."""
+    """Whether a tangent is a symbolic zero, which needs no computation."""
     return isinstance(tangent, SymbolicZero)
 
 
@@ -121,9 +121,9 @@ def _padded(x: Array, padding: dict[int, tuple[int, int]]) -> Array:
 
 @jax.custom_jvp
 def _rows_gathered(x: Float[Array, "B H W C"]) -> Float[Array, "B H W 3*C"]:
-    """Rows h - 1, h and h + 1, with zeros beyond the edge, side by side as channels.
+    """Rows h - 1, h and h + 1, with zero padding, concatenated as channels.
 
-    Joined as a union of bits, which XLA:CPU writes twice as fast as a concatenation.
+    Combines padded copies with a bitwise or, which is faster on XLA:CPU than a concatenation.
     """
     bits = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), f"uint{8 * x.dtype.itemsize}")
     size = x.shape[-1]
@@ -142,9 +142,9 @@ def _rows_concatenated(dx):
 
 
 def _columns_added(products: Array, channel_axis: int = 3, column_axis: int = 2) -> Array:
-    """The sum of column w - 1 of the first third of the channels, w of the second and w + 1 of the last."""
+    """For each column w, the sum of the first third of the channels at w - 1, the second at w and the last at w + 1."""
     products, size = jax.lax.optimization_barrier(products), products.shape[channel_axis] // 3
-    if products.dtype == jnp.bfloat16:  # the transpose is a concatenation, in float32 a faster sum of padded copies
+    if products.dtype == jnp.bfloat16:  # its transpose is a concatenation; in float32 a sum of padded copies is faster
         columns = jnp.split(products, 3, channel_axis)
         first, second, third = (_padded(column, {column_axis: (1 - j, j - 1)}) for j, column in enumerate(columns))
     else:
@@ -154,7 +154,7 @@ def _columns_added(products: Array, channel_axis: int = 3, column_axis: int = 2)
 
 
 def _block(count: int, most: int) -> int:
-    """The largest divisor of `count` up to `most`; `count` itself where that would make blocks too small to be worth it."""
+    """The largest divisor of `count` up to `most`, or `count` itself if this divisor is below a quarter of `most`."""
     divisor = next((size for size in range(min(count, most), 0, -1) if count % size == 0), 1)
     return divisor if 4 * divisor >= most else max(count, 1)
 
@@ -192,7 +192,7 @@ def _mean_and_inverse(x, groups):
 
 
 def mean_of_groups(x: Float[Array, "B H W C"], groups: int) -> Float[Array, "B 1 1 C"]:
-    """The mean over the pixels and the channels of a group, for each of its channels."""
+    """The mean of each group over its pixels and channels, repeated for each of its channels."""
     batch, _, _, channels = x.shape
     means = x.mean((1, 2), keepdims=True).reshape(batch, 1, 1, groups, channels // groups).mean(-1)
     return jnp.repeat(means, channels // groups, -1)

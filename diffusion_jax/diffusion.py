@@ -1,6 +1,6 @@
-"""The diffusion process as pure functions: noising, what a network may predict, the posterior.
+"""The diffusion process as pure functions: noising, prediction targets and the posterior.
 
-Noising the data x_0 is affine (eq. 1). A network sees x_t and t and predicts a target, which is affine as well:
+x_t is affine in the data x_0 and the noise eps. A network takes x_t and t and predicts a target, also affine in x_0 and eps:
 
     x_t    = signal_t x_0 + noise_t eps                                             (1)
     target = p_t x_0 + q_t eps                                                      (4)
@@ -11,22 +11,22 @@ Noising the data x_0 is affine (eq. 1). A network sees x_t and t and predicts a 
     pred_v       -noise, signal                                                     [Salimans & Ho 2022, sec. 4]
     pred_u       -1, 1                                                              [Lipman et al. 2023]
     edm          noise / (sigma_data n), -sigma_data signal / n, n^2 = noise^2 + sigma_data^2 signal^2
-                                                                                    [Karras et al. 2022, eq. 7, there F]
+                                                                                    [F of Karras et al. 2022, eq. 7]
 
-Given x_t, any target determines x_0, eps and so any other, with det = signal q - noise p:
+Given x_t, a target determines x_0 and eps, and so every other target. With det = signal q - noise p,
 
     x_0 = (q x_t - noise target) / det,   eps = (signal target - p x_t) / det       (5)
 
-Given both ends, x at an earlier time s < t is Gaussian as well [Ho et al. 2020, eqs. 6-7, there for s = t - 1], with
-up = signal_t / signal_s:
+Given x_0 and x_t, x_s at an earlier time s < t is Gaussian [Ho et al. 2020, eqs. 6-7, for s = t - 1]. With
+up = signal_t / signal_s,
 
     beta_{t|s} = noise_t^2 - up^2 noise_s^2                                         (6)
     q(x_s | x_t, x_0) = N(k x_t + m x_0, w I)                                       (7)
       k = up noise_s^2 / noise_t^2,  m = signal_s beta_{t|s} / noise_t^2,  w = beta_{t|s} noise_s^2 / noise_t^2
 
-Arrays are [B, *shape] with any shape; t is [B], whole or real, where between two rows of the schedule its columns are
-linear. A time outside 0..T gives NaN. Results have the data's dtype, losses and variances at least float32; tables are cast
-to it, but at least to float32. docs/derivation.md has the way to each equation.
+Arrays are [B, *shape] with any shape. t is [B], integer or real; at real times the schedule's columns are interpolated
+linearly. A time outside 0..T gives NaN. Results have the data's dtype. Losses, variances and the tables in use have it too,
+but at least float32. docs/derivation.md derives each equation.
 """
 
 from collections.abc import Callable
@@ -46,18 +46,18 @@ Target = str | Callable[[Any, Any], tuple[Any, Any]]
 """A `TargetType`, or a function of the schedule's columns: columns(signal, noise) -> (p, q), such as
 `partial(edm_target, sigma_data=1.0)`."""
 Predict = Callable[[Array, Array], Any]
-"""A network: predict(x_t, t) -> its target, of x_t's shape; or where it learns its variance, the target and a fraction
-for each element, by which the variance lies between its bounds in log space [Nichol & Dhariwal 2021, eq. 15]."""
+"""A network: predict(x_t, t) -> its target, of x_t's shape. With a learned variance it returns a pair (target, fraction), and
+the fraction of each element interpolates the variance between its bounds in log space [Nichol & Dhariwal 2021, eq. 15]."""
 Denoise = Callable[[Array, Array], Any]
-"""denoise(x_t, t) -> x_0_hat, whatever the network underneath predicts; or x_0_hat and the fraction."""
+"""denoise(x_t, t) -> x_0_hat, whichever target the network predicts; with a learned variance, a pair (x_0_hat, fraction)."""
 
 
 def q_sample(
     schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], t: Real[Array, " B"], eps: Float[Array, "B *shape"]
 ) -> Float[Array, "B *shape"]:
-    """x_t, the data x_0 noised to time t with the standard normal `eps` (eq. 1).
+    """x_t: the data x_0 noised to time t with standard normal noise `eps` (eq. 1).
 
-    Raises ValueError unless eps has x_0's shape.
+    Raises ValueError unless eps has x_0's shape and t has shape [B].
     """
     check_shape("eps", eps, x_0)
     signal, noise = signal_and_noise(schedule, t, x_0)
@@ -65,7 +65,7 @@ def q_sample(
 
 
 def edm_target(signal: Any, noise: Any, sigma_data: float = SIGMA_DATA) -> tuple[Any, Any]:
-    """p and q of the network output F of Karras et al. (2022, eq. 7), for data of the deviation `sigma_data`."""
+    """p and q of Karras et al.'s network output F (2022, eq. 7), for data with standard deviation `sigma_data`."""
     norm = (noise**2 + (sigma_data * signal) ** 2) ** 0.5
     return noise / (sigma_data * norm), -sigma_data * signal / norm
 
@@ -87,10 +87,10 @@ def convert(
     from_type: Target,
     to_type: Target,
 ) -> Float[Array, "B *shape"]:
-    """The prediction of one target at x_t as the prediction of another (eqs. 4-5).
+    """Convert a prediction of one target at x_t into a prediction of another (eqs. 4-5).
 
-    NaN or infinite where one does not determine the other: x_0 does not eps at t = 0, nor eps x_0 without signal.
-    Raises ValueError on an unknown type, or unless the prediction has x_t's shape.
+    The result is NaN or infinite where the first does not determine the second: from pred_x_0 at t = 0, or from pred_eps
+    where signal is 0. Raises ValueError on an unknown type, or unless the prediction has x_t's shape.
     """
     check_shape("prediction", prediction, x_t)
     signal, noise = signal_and_noise(schedule, t, x_t)
@@ -105,11 +105,11 @@ def convert(
 def make_denoiser(
     schedule: NoiseSchedule, predict: Predict, target_type: Target = "pred_eps", clip: float | None = None
 ) -> Denoise:
-    """denoise(x_t, t) -> x_0_hat from a network that predicts `target_type` (eq. 5), and its fraction if it has one.
+    """Make denoise(x_t, t) -> x_0_hat from a network that predicts `target_type` (eq. 5). Keeps the fraction, if any.
 
-    `clip` bounds x_0_hat to [-clip, clip], in the units of the data; right for images scaled to [-1, 1], and it keeps
-    pred_eps finite where eq. 5 divides by a signal of 1e-4. Raises ValueError on an unknown type, on a `clip` that is not
-    positive, and where x_0 does not follow from the target at t = T, as from eps on rectified flow.
+    `clip` bounds x_0_hat to [-clip, clip], in the units of the data. Use it for images scaled to [-1, 1]; it also keeps
+    x_0_hat bounded where eq. 5 divides pred_eps by a small signal. Raises ValueError on an unknown type, on a `clip` that is
+    not positive, and if the target does not determine x_0 at some t >= 1, such as pred_eps at t = T of rectified flow.
     """
     p, q = target_columns(target_type, *schedule)
     if not isinstance(schedule.signal, Tracer) and np.any((schedule.signal * q - schedule.noise * p)[1:] == 0):
@@ -126,11 +126,11 @@ def make_denoiser(
 
 
 def normalized(schedule: NoiseSchedule, network: Predict, time: str = "t") -> Predict:
-    """The network as predict(x_t, t), where it sees x_t / sqrt(signal^2 + noise^2), of variance 1 if the data are.
+    """Wrap `network` so that its input is x_t / sqrt(signal^2 + noise^2), which has unit variance for data of unit variance.
 
-    On variance-preserving paths that is x_t itself; between rows the divisor is linear in t. With `time` "log_snr" the network
-    is told 2000 / pi arctan(noise / signal) in place of t: a number from 0 to 1000 that the log-SNR determines, so that a
-    network trained on x_0, eps or "edm" can move to another path. Raises ValueError on an unknown `time`.
+    On variance-preserving paths this is x_t itself. Between rows the divisor is linear in t. With `time` "log_snr" the network
+    gets 2000 / pi arctan(noise / signal) in place of t: a number from 0 to 1000 that depends only on the log-SNR, so a network
+    for pred_x_0, pred_eps or edm can be used on another path. Raises ValueError on an unknown `time`.
     """
     check_choice("time", time, ("t", "log_snr"))
     scale = (schedule.signal**2 + schedule.noise**2) ** 0.5
@@ -144,7 +144,7 @@ def normalized(schedule: NoiseSchedule, network: Predict, time: str = "t") -> Pr
 
 
 def with_fraction(output: Any) -> tuple[Array, Array | float]:
-    """What a network or denoiser returned, as a pair whose fraction is 0 by default; ValueError on unlike shapes."""
+    """The output as a pair (prediction, fraction), with fraction 0 if it has none. Raises ValueError if the shapes differ."""
     if not isinstance(output, tuple):
         return output, 0.0
     if len(output) != 2 or output[0].shape != output[1].shape:
@@ -153,7 +153,7 @@ def with_fraction(output: Any) -> tuple[Array, Array | float]:
 
 
 def with_prediction(output: Any, prediction: Array) -> Any:
-    """The output with another prediction, and its fraction if it has one."""
+    """Replace the prediction in `output` and keep its fraction if it has one."""
     return (prediction, output[1]) if isinstance(output, tuple) else prediction
 
 
@@ -171,7 +171,7 @@ def posterior_coefficients(
 def posterior(
     schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], t: Int[Array, " B"]
 ) -> tuple[Float[Array, "B *shape"], Float[Array, " B"]]:
-    """Mean and variance of q(x_{t-1} | x_t, x_0) for whole t in 1..T (eq. 7 with s = t - 1).
+    """Mean and variance of q(x_{t-1} | x_t, x_0) for integer t in 1..T (eq. 7 with s = t - 1).
 
     Raises ValueError unless x_0 has x_t's shape.
     """
@@ -190,13 +190,13 @@ def signal_and_noise(schedule: NoiseSchedule, t: Array, x: Array) -> tuple[Array
 
 
 def float_dtype(x: ArrayLike) -> jnp.dtype:
-    """Of x where it is floating point, in 32 bits unless JAX has 64 enabled; else float32."""
+    """The dtype of x in JAX (float64 only if x64 is enabled), or float32 if x is not floating point."""
     dtype = jnp.result_type(x)
     return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(jnp.float32)
 
 
 def look_up(table: ArrayLike, t: Real[Array, " B"], like: ArrayLike) -> Float[Array, " B"]:
-    """table[t], linear between rows, in the dtype of `like` but at least float32, sharded as t; NaN where t is out of range."""
+    """table[t], linear between rows and NaN out of range; sharded like t, in the dtype of `like` but at least float32."""
     table = jnp.asarray(table, jnp.promote_types(float_dtype(like), jnp.float32))
     options: Any = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
 
@@ -216,7 +216,7 @@ def as_column(per_example: Array, ndim: int) -> Array:
 
 
 def check_shape(name: str, value: Array, like: Array) -> None:
-    if value.shape != like.shape:  # else it might be broadcast, and be wrong without a word
+    if value.shape != like.shape:  # broadcasting would hide the mistake
         raise ValueError(f"{name} must have the shape of the data, {like.shape}, got {value.shape}")
 
 

@@ -15,11 +15,11 @@ class DiT(nn.Module):
     """f(x_t, t), a float32 image of x_t's shape; with `learned_variance`, a pair (image, fraction), both of that shape.
 
     Tokens are patches of `patch_size` x `patch_size` pixels, embedded in `embed_dim` channels with a learned position; `depth`
-    blocks follow. `dtype` is what the layers compute in; parameters, statistics and the output are float32. With `num_classes`,
-    each example has a label, and it may have a second time s (see `embed_condition`). The parameters fit images of one size.
+    blocks follow. Layers compute in `dtype`; parameters, statistics and the output are float32. With `num_classes`, an example
+    may have a label. It may also have a second time s (see `embed_condition`). The parameters fit images of one size.
 
-    Raises ValueError if `depth` or `patch_size` is less than 1, x_t is no image, or its height or width is not a multiple of
-    `patch_size`.
+    Raises ValueError if `depth` or `patch_size` is less than 1, x_t is not [B, H, W, C], or its height or width is not a
+    multiple of `patch_size`.
     """
 
     in_dim: int
@@ -61,8 +61,8 @@ class DiT(nn.Module):
 class Block(nn.Module):
     """h + gate_2 MLP(norm(h)) with h = x + gate_1 attention(norm(x)), modulated by the condition (adaLN-Zero, fig. 3).
 
-    The gates start at zero, so the block starts as the identity. Heads have 64 channels, or the smallest larger number that
-    divides C. Queries and keys are normalized (Dehghani et al. 2023). Attention is computed in float32.
+    The gates start at zero, so the block starts as the identity. Heads have 64 channels, or the next larger divisor of C, or C
+    if C < 64. Queries and keys are normalized (Dehghani et al. 2023). Attention is computed in float32.
     """
 
     dtype: DTypeLike
@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 def modulation(condition: Float[Array, "B E"], count: int, channels: int, dtype: DTypeLike) -> list[Float[Array, "B 1 C"]]:
-    """`count` vectors for each example, linear in `condition` and zero at the start, by a layer of the calling module."""
+    """`count` vectors for each example, linear in `condition`, initially zero. Adds its layer to the calling module."""
     layer = nn.Dense(count * channels, dtype=dtype, kernel_init=nn.initializers.zeros, name="modulation")
     return jnp.split(layer(condition)[:, None], count, -1)
 

@@ -1,7 +1,7 @@
-"""What a trained network can be asked for beyond a sample: a class, a part that is given, a likeness, a way between two images.
+"""Guidance and editing with a trained network: inpainting, image to image, encoding and interpolation.
 
-Nothing here has a loop of its own. A class and a given part wrap the network's callable; a likeness, a way back to the noise
-and more rounds around a given part are tables for `sample` and `sample_trajectory` (eq. 8).
+Nothing here has its own loop. `guided` and `inpainting` wrap a network or denoiser; `resampled`, `part_way` and
+`encoding_table` make tables for `sample` and `sample_trajectory` (eq. 8).
 """
 
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ from diffusion_jax.schedules import NoiseSchedule
 
 
 def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predict:
-    """Classifier-free guidance: without + scale (with - without) [Ho & Salimans 2022, eq. 6, where 1 + w = scale].
+    """Classifier-free guidance: without + scale (with - without) [Ho & Salimans 2022, eq. 6, where scale = 1 + w] (eq. 17).
 
-    1 is the conditional network, more is truer to the condition and less varied (eq. 17). It is the same for each target type,
-    since eq. 5 is affine. A learned variance is the conditional one's. Raises ValueError unless the scale is at least 0.
+    A scale of 1 gives the conditional network. A larger scale gives samples that match the condition better but vary less. All
+    target types give the same result. A learned variance is the conditional network's. Raises ValueError unless scale >= 0.
     """
     if not scale >= 0:
         raise ValueError(f"the guidance scale must be at least 0, got {scale}")
@@ -31,11 +31,11 @@ def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predic
 
 
 def inpainting(denoise: Denoise, known: ArrayLike, mask: ArrayLike) -> Denoise:
-    """The denoiser that knows `known` where `mask` is true: x_0_hat, against whose shape both broadcast, is replaced there.
+    """Wrap `denoise` to return `known` in place of x_0_hat where `mask` is true. Both must broadcast to x_0_hat's shape.
 
-    Sampling then ends at the known part exactly. On the way, DDIM and ancestral sampling with the lower bound keep it as noisy
-    as the forward process has it at each t; the upper bound a little noisier. `resampled` lets the rest agree with it.
-    Raises ValueError unless the mask is boolean, and both broadcast against x_0_hat without making it larger.
+    Samples then equal `known` exactly there. On the way, DDIM and ancestral sampling with the lower bound give the known part
+    the forward process's noise at each t; the upper bound makes it slightly noisier. `resampled` makes the rest agree with it.
+    Raises ValueError unless the mask is boolean, and unless both broadcast to x_0_hat's shape.
     """
     if jnp.asarray(mask).dtype != bool:
         raise ValueError(f"the mask must be boolean, true where the data is known, got {jnp.asarray(mask).dtype}")
@@ -51,12 +51,12 @@ def inpainting(denoise: Denoise, known: ArrayLike, mask: ArrayLike) -> Denoise:
 
 
 def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> SamplerTable:
-    """Each step but the last taken `times` times, with the noise of the step put back in between [Lugmayr et al. 2022, alg. 1].
+    """Repeat each step but the last, `times` times in all, noising back to t in between [Lugmayr et al. 2022, alg. 1].
 
-    A step from t to s and the forward process back to t are together affine (eq. 18), so a round is a row and costs one network
-    call. Rounds need the noise of the upper bound: with less, they take variance from the part that is not given.
-    Raises ValueError unless `times` is a whole number from 1 on, and the table's steps go down, need no x_0_hat before them
-    and no learned variance.
+    A step from t to s and the forward process back to t make one affine step (eq. 18), so a repetition is one row and one
+    network call. Use it with the upper bound's noise: with less, repetitions reduce the variance of the unknown part.
+    Raises ValueError unless `times` is a whole number of at least 1, and if the table's times increase or its steps use an
+    earlier x_0_hat or a learned variance.
     """
     if not (times >= 1 and times % 1 == 0):
         raise ValueError(f"each step must be taken at least once, and a whole number of times, got {times}")
@@ -76,16 +76,16 @@ def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> Sampl
 
 
 def part_way(table: SamplerTable, t: int | float) -> SamplerTable:
-    """The rows of a table that leave times of at most t. Begin at data noised to the first of them, which is `.t[0]`.
+    """The rows of a table that start at times of at most t. Start sampling from data noised to the first of these, `.t[0]`.
 
-    Steps that take values from before the first of them use their own instead, at a loss of order for UniPC; a table of the
-    remaining times has none. Raises ValueError if there is none, or if the table's steps do not go down.
+    Steps that use values from removed rows use their own instead. This lowers UniPC's order; a new table for the remaining
+    times does not. Raises ValueError if no row remains, or if the table's times increase.
     """
     _check_goes_down(table)
     rest = SamplerTable(*(column[(table.t <= t) & (table.t > 0)].copy() for column in table))
     if len(rest.t) == 0:
         raise ValueError(f"the table must have a step from t = {t} or below, and its last is from {table.t[table.t > 0][-1]}")
-    for i in range(min(len(rest.t), rest.d.shape[1])):  # nothing is kept from before the first step: take what step i has
+    for i in range(min(len(rest.t), rest.d.shape[1])):  # there are no values from before the first row: step i uses its own
         missing = rest.d[i, i:].sum()
         rest.a[i] += missing * rest.e[i]
         rest.b[i] += missing * rest.f[i]
@@ -99,23 +99,23 @@ def _check_goes_down(table: SamplerTable) -> None:
 
 
 def encoding_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None) -> SamplerTable:
-    """DDIM's steps upwards, from an image to the noise that DDIM at eta = 0 takes to it (eq. 9) [Song et al. 2021, sec. 4.3].
+    """DDIM in reverse, from an image to the noise that DDIM at eta = 0 turns into it (eq. 9) [Song et al. 2021, sec. 4.3].
 
-    Begin at the image (`start=`); what comes out is x_T. The first step takes the image for an x_t at the lowest t above 0. The
-    way there and back is exact in the limit of many steps only. Raises ValueError on steps outside 1..T.
+    Pass the image to `sample` as `start`; the result is x_T. The first step calls the network on the image at the lowest t
+    above 0. Encoding and decoding give the image back only in the limit of many steps. Raises ValueError on steps outside 1..T.
     """
     times = as_times(schedule, sampling_timesteps)[::-1]
     signal, noise = schedule.at(times)
-    t = np.concatenate([times[1:2], times[1:-1]])  # where each step calls the network; eps_hat is of there
+    t = np.concatenate([times[1:2], times[1:-1]])  # where each step calls the network for eps_hat
     signal_t, noise_t = schedule.at(t)
     on_eps = noise[1:] - signal[1:] / signal[:-1] * noise[:-1]  # x_s = (signal_s / signal_t) x_t + on_eps eps_hat
     return make_table(schedule, t, signal[1:] / signal[:-1] + on_eps / noise_t, -on_eps * signal_t / noise_t)
 
 
 def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: ArrayLike) -> Float[Array, "*shape"]:
-    """The point at `share` (0 to 1) of the way from x to y along a great circle, as far from 0 as noise is [Shoemake 1985].
+    """Spherical interpolation from x (`share` 0) to y (`share` 1), which keeps the norm of noise [Shoemake 1985].
 
-    x and y are one point each, whatever their shape, and not a batch; between opposite ones there is no one way, and so NaN.
+    x and y are single points of any shape, not batches. The result is NaN for opposite points, where the path is not unique.
     Raises ValueError unless `share` is one number.
     """
     if jnp.ndim(share) != 0:
@@ -125,7 +125,7 @@ def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: Array
     angle = jnp.where(together == 0, jnp.nan, 2 * jnp.arctan2(apart, together))
 
     def weight(part: Array) -> Array:
-        """sin(part angle) / sin(angle), also where that is 0 / 0."""
+        """sin(part angle) / sin(angle), or its limit `part` at angle 0."""
         return part * jnp.sinc(part * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)
 
     share = jnp.asarray(share, angle.dtype)

@@ -1,4 +1,4 @@
-"""The layers of the networks. What a CPU needs to run them fast is in cpu.py, with the same results and parameters."""
+"""The layers of the networks. cpu.py has faster versions for CPUs, with the same results and parameters."""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -16,9 +16,9 @@ from diffusion_jax.mlp import timestep_embedding
 
 
 def sharded_by_xla(call: Callable) -> Callable:
-    """Decorates a network's `__call__`: on a mesh with explicit axes, it runs under `auto_axes`, so XLA chooses the sharding.
+    """Decorate a network's `__call__` to run under `auto_axes` on a mesh with explicit axes, so that XLA chooses the sharding.
 
-    There the network may use no random numbers and no variables besides its parameters.
+    On such a mesh the network must not use random numbers, or variables other than its parameters.
     """
 
     @wraps(call)
@@ -47,12 +47,12 @@ def embed_condition(
     num_classes: int,
     dtype: DTypeLike,
 ) -> Float[Array, "B width"]:
-    """silu(MLP(embedding of t) + embedding of the label), by layers of the calling module.
+    """silu(MLP(embedding of t) + embedding of the label). Adds its layers to the calling module.
 
-    The MLP's hidden layer also takes in the embedding of t - s where there is a second time s, with weights that start at zero.
+    With a second time s, the MLP's hidden layer also takes the embedding of t - s, with weights that start at zero.
 
-    The label `num_classes`, or no labels at all, means unconditional; any other label that is not a class gives NaN. Raises
-    ValueError if there are labels without classes, or not one for each example.
+    The label `num_classes`, or `labels` = None, means unconditional. Any other label that is not a class gives NaN. Raises
+    ValueError if there are labels but no classes, or not one label for each example.
     """
     if labels is not None and (num_classes == 0 or labels.shape != t.shape):
         raise ValueError(f"labels need num_classes and the shape {t.shape}, got {num_classes} and {labels.shape}")
@@ -86,7 +86,7 @@ class Dense(nn.Module):
 
 
 class Conv3x3(nn.Module):
-    """A 3x3 convolution of stride 1 with zeros beyond the edge and no bias, computed in `dtype`."""
+    """A 3x3 convolution with stride 1, zero padding and no bias, computed in `dtype`."""
 
     features: int
     dtype: DTypeLike
@@ -101,7 +101,7 @@ class Conv3x3(nn.Module):
 class GroupNorm(nn.Module):
     """activation(group normalization of x, plus shift), with statistics in float32 and the result in `dtype` (Wu & He 2018).
 
-    There are up to 8 groups, of 4 channels or more. `shift` is added to the bias, for each example.
+    There are 8 groups, or 4, 2 or 1 if they would be unequal or under 4 channels. `shift` is added to each example's bias.
     """
 
     dtype: DTypeLike
@@ -118,7 +118,7 @@ class GroupNorm(nn.Module):
         def normalize(group_norm, x, scale, offset):
             return self.activation(group_norm(x.astype(jnp.float32), scale, offset, groups)).astype(self.dtype)
 
-        # Recomputing everything else in the backward pass moves less memory.
+        # Save only the statistics: recomputing the rest in the backward pass moves less memory.
         keep = jax.checkpoint_policies.save_only_these_names("statistics")
         default = jax.checkpoint(partial(normalize, group_norm), policy=keep)
         operands = x, scale[None, None, None], offset[:, None, None]
@@ -130,8 +130,8 @@ def group_norm(
 ) -> Float[Array, "B H W C"]:
     """(x - mean) / deviation * scale + offset, with the mean and deviation of each group of channels.
 
-    Both come from one pass over x, as moments about the mean of its first row. That loses at most a factor H of precision,
-    however large the mean, since the row is a part of the data.
+    Both come from one pass over x, as moments about the mean of its first row. Because this row is part of the data, the loss
+    of precision is at most a factor H, however large the mean.
     """
     batch, _, _, channels = x.shape
     origin = jax.lax.stop_gradient(x[:, :1].mean((1, 2), keepdims=True))  # the results do not depend on it
@@ -152,7 +152,7 @@ def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array
 
 
 def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
-    """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zeros beyond the edge."""
+    """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zero padding."""
 
     def on_cuda(x, kernel):
         return _convolution(x, _row_major_gradient(kernel))
@@ -166,7 +166,7 @@ def _convolution(x, kernel):
 
 @jax.custom_jvp
 def _row_major_gradient(kernel):
-    """`kernel`. Its gradient is laid out as the parameters are: cuDNN's own layout would spread to the optimizer's state."""
+    """Return `kernel`, with a row-major gradient like the parameters: cuDNN's layout would spread to the optimizer state."""
     return kernel
 
 
@@ -176,6 +176,6 @@ def _(primals, tangents):
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """x sigmoid(x) (Elfwing et al. 2018), by way of tanh, which costs a CPU half of exp and a division; in float32 inside."""
+    """x sigmoid(x) (Elfwing et al. 2018), computed in float32 with tanh, which is faster on CPUs than exp and a division."""
     half = x.astype(jnp.promote_types(x.dtype, jnp.float32)) / 2
     return (half * (1 + jnp.tanh(half))).astype(x.dtype)

@@ -1,24 +1,24 @@
-"""The variational bound of the likelihood: its terms, in bits, and training a network on it and on its own variances.
+"""Likelihoods: the variational bound, training on it, learned variances, and the density by the probability flow.
 
-With t and s = t - 1, and k, m and w of eq. 7, a step of ancestral sampling has the likelihood N(k x_t + m x_0_hat, c^2 I), and
+With s = t - 1 and k, m and w of eq. 7, a step of ancestral sampling draws x_s from N(k x_t + m x_0_hat, c^2 I). So
 
     -log p(x_0) <= E[L_T + L_{T-1} + ... + L_0],  over x_t ~ q(x_t | x_0)           (14)  [Ho et al. 2020, eq. 5]
     L_T     = KL(q(x_T | x_0) || N(0, (signal_T^2 + noise_T^2) I))
     L_{t-1} = KL(N(k x_t + m x_0, w I) || N(k x_t + m x_0_hat, c^2 I))
             = (delta + e^-delta - 1 + e^-delta |x_0 - x_0_hat|^2 m^2 / w) / 2       (15)
-    L_0     = -log of the mass of N(x_0_hat, c^2 I) in the level of x_0, one of 256 from -1 to 1
+    L_0     = -log(mass of N(x_0_hat, c^2 I) in the bin of x_0), for x_0 one of 256 levels from -1 to 1
 
-for each element, where delta = log(c^2 / w) is 0 for the "lower_bound" of the variance and log(W / w) for the "upper_bound" W,
-the variance of x_{t-1} given x_t for x_0 ~ N(0, I), which is beta_t on variance-preserving paths. For "learned" the network
+for each element, with delta = log(c^2 / w). The variance c^2 is w for the "lower_bound" and W for the "upper_bound". W is the
+variance of x_{t-1} given x_t for x_0 ~ N(0, I), which is beta_t on variance-preserving paths. For "learned" the network
 predicts a fraction:
 
     log c^2 = (1 - fraction) log w + fraction log W                                 (16)  [Nichol & Dhariwal 2021, eq. 15]
 
-w is 0 at t = 1; the w of t = 2 is used there, as in the authors' code (W where T = 1). "fixed_large" is the upper bound of
-that code and of published numbers: at t = 1 its variance is the w of t = 2, where "upper_bound" has W.
+At t = 1, where w is 0, the w of t = 2 replaces it (W if T = 1), as in the authors' code. "fixed_large" is the upper bound of
+that code and of published results: like "upper_bound", but with the w of t = 2 in place of W at t = 1.
 
-A network that learns its variance predicts a pair: the target, and a fraction for each element. Results are in bits, that is
-divided by log 2, unless a function says nats.
+A network with a learned variance returns a pair: its target, and a fraction for each element. Results are in bits (nats
+divided by log 2) unless a docstring says nats.
 """
 
 import math
@@ -51,12 +51,12 @@ from diffusion_jax.schedules import NoiseSchedule
 from diffusion_jax.solvers import multistep_table
 
 BOUND_WEIGHT = 1e-3
-FAR = 1e4  # deviations; infinity has no gradient
+FAR = 1e4  # standard deviations, in place of infinity, which has no gradient
 LN2 = math.log(2)
 
 
 def prior_bits(schedule: NoiseSchedule, x_0: Float[Array, "B *shape"]) -> Float[Array, " B"]:
-    """L_T, in bits: what is left of the data at t = T (eq. 14)."""
+    """L_T of each example in bits: the KL divergence of x_T from the prior (eq. 14)."""
     signal_2, noise_2 = float(schedule.signal[-1] ** 2), float(schedule.noise[-1] ** 2)
     total = signal_2 + noise_2
     x_0 = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
@@ -72,11 +72,11 @@ def bound_bits(
     eps: Float[Array, "B *shape"],
     sigma_type: str = "lower_bound",
 ) -> Float[Array, " B"]:
-    """L_{t-1} of each example, in bits, with x_t from `eps`; their sum over t = 1..T and `prior_bits` is the bound (eq. 14).
+    """L_{t-1} of each example in bits, at x_t from `eps` (eq. 14).
 
-    That is in expectation over `eps`. x_0 is one of the 256 levels, as L_0 is of those. Raises ValueError on a `sigma_type`
-    other than "upper_bound", "fixed_large", "lower_bound" and "learned", on a wrong shape, and where "learned" meets a network
-    without a fraction.
+    The bound is `prior_bits` plus the sum over t = 1..T, in expectation over `eps`. x_0 must hold values of the 256 levels.
+    Raises ValueError unless `sigma_type` is "upper_bound", "fixed_large", "lower_bound" or "learned", on a wrong shape, and if
+    "learned" is used with a network without a fraction.
     """
     check_choice("sigma_type", sigma_type, ("upper_bound", "fixed_large", "lower_bound", "learned"))
     output = denoise(q_sample(schedule, x_0, t, eps), t)
@@ -96,10 +96,10 @@ def hybrid_loss(
     weight: Float[np.ndarray, " times"] | None = None,
     t: Real[Array, " B"] | None = None,
 ) -> Float[Array, "B *shape"]:
-    """Half of L_simple + 0.001 L_vlb, where the bound moves the variances alone [Nichol & Dhariwal 2021, eq. 16].
+    """(L_simple + 0.001 L_vlb) / 2, unreduced. The bound L_vlb trains only the variances [Nichol & Dhariwal 2021, eq. 16].
 
-    Half of L_simple is the l2 loss, times weight[t] if given. Unreduced, at the t and eps of `diffusion_loss`. Raises
-    ValueError on an unknown type, a table of another length, and unless the network predicts a pair.
+    L_simple / 2 is the l2 loss, times weight[t] if given. t and eps are drawn as in `diffusion_loss`. Raises ValueError on an
+    unknown type, on a `weight` of another length, and unless the network predicts a pair.
     """
     t, eps = draw_time_and_noise(schedule, x_0, keys, t)
     x_t = q_sample(schedule, x_0, t, eps)
@@ -117,12 +117,12 @@ def bound_loss(
     keys: Key[Array, " B"],
     target_type: Target = "pred_eps",
 ) -> Float[Array, "B *shape"]:
-    """L_0 + ... + L_{T-1}, in bits, estimated without bias from one t an example, drawn with the density "importance".
+    """An unbiased estimate of L_0 + ... + L_{T-1} in bits, from one t per example, drawn from the density "importance".
 
-    Unreduced: an example's estimate is the sum over its elements. Raises ValueError unless the network predicts a pair.
+    Unreduced: the estimate is the sum over an example's elements. Raises ValueError unless the network predicts a pair.
     """
     probabilities = time_density(schedule, "importance")
-    t_keys = jax.vmap(jax.random.split)(keys)[:, 0]  # not that of eps
+    t_keys = jax.vmap(jax.random.split)(keys)[:, 0]  # these draw t, not eps
     u = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(t_keys)
     t, eps = draw_time_and_noise(schedule, x_0, keys, draw_times(probabilities, u))
     x_t = q_sample(schedule, x_0, t, eps)
@@ -139,17 +139,17 @@ def flow_log_density(
     num_steps: int,
     probes: int | None = None,
 ) -> Float[Array, " B"]:
-    """log p(x_0) in nats, by the probability flow from t = 1 to t = T [Song et al. 2021b, app. D.2].
+    """log p(x_0) in nats, from the probability flow between t = 1 and t = T [Song et al. 2021b, app. D.2].
 
     Along the flow, with v = x_t / signal and mu = log(noise / signal), dv/dmu = v - x_0_hat, so
 
         log p(x_0) = log N(x_T; 0, (signal_T^2 + noise_T^2) I) + D log signal_T + integral of (D - signal_t tr J_t) dmu     (13)
 
-    for D elements and J_t the derivative of x_0_hat by x_t. It is the density of the model's x_0 + sigma_1 eps at x_0, and
-    exact only in the limit of many steps: compare with twice as many. The trace is exact, in D derivatives a step, or with
-    `probes` an unbiased estimate from so many random signs of the example's key [Grathwohl et al. 2019, eq. 7]. Where there is
-    no signal at T, the flow ends at the last row that has some, and x is taken for normal there. Raises ValueError unless there
-    are two rows with signal and noise, and one step.
+    for x_0 of D elements and J_t = d x_0_hat / d x_t. This is the density of the model's x_0 + sigma_1 eps, evaluated at x_0.
+    It is exact only in the limit of many steps, so compare with twice as many. The trace is exact and takes D derivatives per
+    step; with `probes` it is an unbiased estimate from that many random sign vectors, drawn from the example's key [Grathwohl
+    et al. 2019, eq. 7]. If row T has no signal, the flow ends at the last row that has, and x is assumed normal there. Raises
+    ValueError unless at least two rows have signal and noise and `num_steps` is at least 1.
     """
     x_0 = x_0.astype(jnp.promote_types(float_dtype(x_0), jnp.float32))
     finite = schedule.sigma[np.isfinite(schedule.sigma)]
@@ -159,7 +159,7 @@ def flow_log_density(
         )
     times = schedule.time_of(np.geomspace(finite[1], finite[-1], num_steps + 1)).astype(np.float32).astype(np.float64)
     signal, noise = schedule.at(times)
-    from scipy.integrate import simpson  # half a second that other uses of the library need not wait for
+    from scipy.integrate import simpson  # slow to import, and used only here
 
     weights = simpson(np.eye(len(times)), x=np.log(noise / signal))
     table = multistep_table(schedule, times, 0.0, 3, corrects=True)
@@ -180,7 +180,7 @@ def flow_log_density(
 
 
 def _trace(fn: Callable[[Array], Array], x: Array, keys: Array, probes: int | None) -> Float[Array, " B"]:
-    """The trace of the derivative of fn(x)[i] by x[i], exact or estimated."""
+    """The trace of the Jacobian of fn(x)[i] with respect to x[i], exact or estimated with `probes`."""
 
     def along(direction):
         product = direction * jax.jvp(fn, (x,), (direction,))[1]
@@ -201,11 +201,11 @@ def flow_bits(
     num_steps: int,
     probes: int | None = None,
 ) -> Float[Array, " B"]:
-    """At least -log P(x_0) in bits, on average over keys, for x_0 of the 256 levels from -1 to 1, by `flow_log_density`.
+    """An upper bound on -log P(x_0) in bits, in expectation over keys, for x_0 of the 256 levels from -1 to 1.
 
-    A level is spread by the noise of t = 1, v = x_0 + sigma_1 eps, and read back by the last step of ancestral sampling [Ho et
-    al. 2019, eq. 12]: -log p(v) + log q(v | x_0) + L_0. Spread evenly over its width, as is common, even a level that is
-    certain would cost about log2(127.5 sigma_1 sqrt(2 pi)) bits where sigma_1 is large beside it.
+    Dequantizes x_0 with the noise of t = 1, v = x_0 + sigma_1 eps, and decodes v with the last step of ancestral sampling [Ho
+    et al. 2019, eq. 12]: -log p(v) + log q(v | x_0) + L_0, with p from `flow_log_density`. If sigma_1 is much
+    larger than a level, uniform dequantization costs about log2(127.5 sigma_1 sqrt(2 pi)) bits even at probability 1.
     """
     x_0 = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
     spread_keys, trace_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
@@ -242,8 +242,8 @@ def _terms(schedule: NoiseSchedule, x_0: Array, x_0_hat: Array, t: Array, fracti
 
 
 def _log_mass(x: Array, mean: Array, sigma: Array) -> Array:
-    """log of the mass of N(mean, sigma^2) from x - 1/255 to x + 1/255; from -1 it reaches down, and from 1 up, without end."""
-    mirror = jnp.where(x > mean, -1.0, 1.0)  # to the lower tail, where the logarithm of the cumulative distribution is exact
+    """log of the mass of N(mean, sigma^2) from x - 1/255 to x + 1/255. The bins of x = -1 and x = 1 extend to infinity."""
+    mirror = jnp.where(x > mean, -1.0, 1.0)  # use the lower tail, where logcdf is accurate
     x, mean = mirror * x, mirror * mean
     upper = norm.logcdf(jnp.where(x > 0.999, FAR, (x - mean + 1 / 255) / sigma))
     lower = norm.logcdf(jnp.where(x < -0.999, -FAR, (x - mean - 1 / 255) / sigma))

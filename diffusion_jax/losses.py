@@ -1,12 +1,12 @@
-"""The training loss: where it looks in time, the distance of a prediction to its target, and its weights.
+"""The training loss: the distribution of t, the distance from a prediction to its target, and the weights.
 
-Training minimizes E |prediction - target|^2 over t, eps and the data [Ho et al. 2020, eq. 14], for the target of eq. 4. t is
-uniform on 1..T, or has a density: a table of probabilities of t = 1..T, from which `draw_times` draws.
+Training minimizes E |prediction - target|^2 over t, eps and the data [Ho et al. 2020, eq. 14], with the target of eq. 4. t is
+uniform on 1..T by default. `time_density` offers these probabilities of t = 1..T, and `draw_times` draws from them:
 
     uniform
     log_normal     log(noise / signal) ~ N(-1.2, 1.2^2)                             [Karras et al. 2022, table 1]
-    logit_normal   log(t / (T - t)) ~ N(0, 1), a quarter uniform                    [Esser et al. 2024, sec. 3.1]
-    importance     of least variance for the variational bound (likelihood.py)      [Nichol & Dhariwal 2021, sec. 3.3]
+    logit_normal   log(t / (T - t)) ~ N(0, 1), mixed with a quarter of uniform      [Esser et al. 2024, sec. 3.1]
+    importance     for low-variance estimates of the variational bound              [Nichol & Dhariwal 2021, sec. 3.3]
 """
 
 from typing import Any, Literal, get_args
@@ -48,11 +48,11 @@ def diffusion_loss(
     weight: Float[np.ndarray, " times"] | None = None,
     t: Real[Array, " B"] | None = None,
 ) -> Float[Array, "B *shape"]:
-    """The unreduced training loss of each example, at its own t and eps ~ N(0, I) [Ho et al. 2020, eq. 14].
+    """The unreduced training loss, with one t and eps ~ N(0, I) for each example [Ho et al. 2020, eq. 14].
 
-    t is uniform on 1..T unless given, for example by `draw_times`. Each example's t and eps come from its own key, so they do
-    not depend on which batch or device it is in. The loss itself is `loss_at`, times weight[t] of a table over t = 0..T.
-    Raises ValueError on an unknown type or a table of another length.
+    t is uniform on 1..T unless given, for example from `draw_times`. The drawn t and eps depend only on the example's key, not
+    on its batch or device. The loss is `loss_at` times weight[t], where `weight` is a table over t = 0..T.
+    Raises ValueError on an unknown type or a `weight` of another length.
     """
     t, eps = draw_time_and_noise(schedule, x_0, keys, t)
     return weighted(schedule, weight, t, loss_at(schedule, predict, x_0, t, eps, target_type, loss_type))
@@ -67,7 +67,7 @@ def loss_at(
     target_type: Target = "pred_eps",
     loss_type: str = "l2",
 ) -> Float[Array, "B *shape"]:
-    """The distance of the network's prediction at x_t (eq. 1) to its target (eq. 4), per element and unweighted.
+    """The distance from the network's prediction at x_t (eq. 1) to its target (eq. 4), per element and unweighted.
 
     "l2" is half the squared error, "l1" the absolute error. Raises ValueError on an unknown type, or unless eps and the
     prediction have x_0's shape.
@@ -82,19 +82,19 @@ def loss_at(
 
 
 def min_snr_weight(schedule: NoiseSchedule, target_type: Target = "pred_eps", cap: float = 5.0) -> Float[np.ndarray, " times"]:
-    """The weights that make a squared loss that of x_0 times min(SNR_t, cap), SNR_t = signal_t^2 / noise_t^2.
+    """Weights that turn the target's squared error into min(SNR_t, cap) |x_0_hat - x_0|^2, SNR_t = signal_t^2 / noise_t^2.
 
-    So small t, where SNR_t is huge and x_0 all but seen, do not take the network from the others [Hang et al. 2023].
+    The cap keeps small t, where SNR_t is huge and x_0 easy to predict, from dominating training [Hang et al. 2023].
     Raises ValueError on an unknown type or a cap that is not positive.
     """
     if not cap > 0:
         raise ValueError(f"cap must be positive, got {cap}")
     signal, noise = schedule
     p, q = target_columns(target_type, signal, noise)
-    det = signal * q - noise * p  # by eq. 5 an error of the target is one of x_0 times det / noise
+    det = signal * q - noise * p  # by eq. 5, |error of the target| = |error of x_0| |det| / noise
     with np.errstate(divide="ignore", invalid="ignore"):
         weight = np.minimum(signal**2, cap * noise**2) / det**2
-    return np.where(det == 0, np.where(noise == 0, cap, 1.0), weight)  # the limits of x_0 and of eps
+    return np.where(det == 0, np.where(noise == 0, cap, 1.0), weight)  # limits: pred_x_0 at t = 0, pred_eps at 0 signal
 
 
 def weighted(schedule: NoiseSchedule, weight: Any, t: Array, loss: Array) -> Array:
@@ -109,7 +109,7 @@ def weighted(schedule: NoiseSchedule, weight: Any, t: Array, loss: Array) -> Arr
 def draw_time_and_noise(
     schedule: NoiseSchedule, x_0: Float[Array, "B *shape"], keys: Key[Array, " B"], t: Real[Array, " B"] | None = None
 ) -> tuple[Real[Array, " B"], Float[Array, "B *shape"]]:
-    """t as given or else uniform on 1..T, and eps, for each example from its key."""
+    """t (uniform on 1..T unless given) and eps ~ N(0, I) for each example, drawn from its key."""
     t_keys, eps_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:], jnp.result_type(x_0)))(eps_keys)
     if t is None:
@@ -118,12 +118,12 @@ def draw_time_and_noise(
 
 
 def time_density(schedule: NoiseSchedule, density: str) -> Float[np.ndarray, " T"]:
-    """The probabilities of t = 1..T: "uniform", "log_normal", "logit_normal" or "importance", as above.
+    """The probabilities of t = 1..T for a `density` listed at the top of this module.
 
-    Without the quarter that is uniform, "logit_normal" would never train the largest t, where sampling starts.
-    "importance" is in proportion to the mean of each term of the variational bound, which is known beforehand for the best
-    network for data N(0, I), and a tenth is spread over all t. [Nichol & Dhariwal 2021, eq. 18] take the root of each term's
-    mean square, followed during training. Raises ValueError on an unknown density.
+    The uniform quarter of "logit_normal" makes sure that the largest t, where sampling starts, are trained. "importance" is
+    nine tenths proportional to the mean of each term of the variational bound, which has a closed form for data N(0, I) and
+    the best network, and one tenth uniform. Nichol & Dhariwal (2021, eq. 18) instead use each term's root mean square,
+    tracked during training. Raises ValueError on an unknown density.
     """
     check_choice("density", density, get_args(TimeDensity))
     times = np.arange(1, schedule.num_timesteps + 1)
@@ -131,7 +131,7 @@ def time_density(schedule: NoiseSchedule, density: str) -> Float[np.ndarray, " T
         return np.full(len(times), 1 / len(times))
     if density == "importance":
         _, _, w, unknown = posterior_coefficients(schedule, times, times - 1)
-        last = np.log(127.5 * np.sqrt(2 * np.pi * np.e * unknown[0]))  # nats of N(0, unknown) in levels 1 / 127.5 apart
+        last = np.log(127.5 * np.sqrt(2 * np.pi * np.e * unknown[0]))  # entropy of N(0, unknown) in steps of 1 / 127.5
         expected = np.append(max(last, 0), np.log(unknown[1:] / w[1:]) / 2)
         return 0.9 * expected / expected.sum() + 0.1 / len(expected)
     if density == "log_normal":
@@ -143,9 +143,9 @@ def time_density(schedule: NoiseSchedule, density: str) -> Float[np.ndarray, " T
 
 
 def draw_times(probabilities: Float[np.ndarray, " T"], u: Float[Array, " B"]) -> Int[Array, " B"]:
-    """t of 1..T with these probabilities, from u uniform on [0, 1): the inverse of their distribution.
+    """Draw t in 1..T with these probabilities, by inverting the cumulative distribution at u, uniform on [0, 1).
 
-    For low discrepancy over a batch of B, let u_i = (u_0 + i / B) modulo 1 [Kingma et al. 2021, app. I.1].
+    For a low-discrepancy batch of size B, use u_i = (u_0 + i / B) modulo 1 [Kingma et al. 2021, app. I.1].
     """
     above = jnp.asarray(np.cumsum(probabilities)[:-1] / np.sum(probabilities), jnp.promote_types(u.dtype, jnp.float32))
     return 1 + jnp.searchsorted(above, u, side="right").astype(jnp.int32)

@@ -39,7 +39,7 @@ def mean_flow_loss(
 ) -> Float[Array, "B *shape"]:
     """The squared distance between u(x_t, t, s) and the right side of eq. 20, which is held constant. Unreduced.
 
-    Its gradient is adaptively weighted, see below. The velocity v is eps - x_0, or what `velocity(x_t, t, eps - x_0)` returns
+    `adaptively_weighted` weights its gradient. The velocity v is eps - x_0, or what `velocity(x_t, t, eps - x_0)` returns
     if given: for example the velocity of a trained flow, to distill it, or one with guidance.
     Raises ValueError unless eps and the prediction have x_0's shape.
     """
@@ -54,7 +54,7 @@ def mean_flow_loss(
 
 
 def adaptively_weighted(squared: Float[Array, "B *shape"], power: float = 1.0) -> Float[Array, "B *shape"]:
-    """`squared`, whose gradient has the weight 1 / (mean of the example + 1e-3)^power [Geng et al. 2025, sec. 4.3]."""
+    """Return `squared`, with the gradient of each example times 1 / (its mean + 1e-3)^power [Geng et al. 2025, sec. 4.3]."""
     weight = (squared.mean(tuple(range(1, squared.ndim)), keepdims=True) + SMALL) ** -power
     weighted = jax.lax.stop_gradient(weight) * squared
     return weighted + jax.lax.stop_gradient(squared - weighted)

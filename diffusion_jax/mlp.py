@@ -1,4 +1,4 @@
-"""The embedding of the timestep, and a small network for vectors."""
+"""The timestep embedding, and a small network for vectors."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def timestep_embedding(t: Real[Array, "B"], dim: int, max_period: float = 10_000
 
 
 class MLP(nn.Module):
-    """f(x_t, t) for vectors [B, in_dim]: `num_layers` hidden layers of `embed_dim`, after one that takes in the time."""
+    """f(x_t, t) for vectors: a linear layer plus the time embedding, `num_layers` ReLU layers and a linear output layer."""
 
     in_dim: int
     embed_dim: int

@@ -1,8 +1,8 @@
-"""Adam [Kingma & Ba 2015] and Muon [Jordan et al. 2024], with a learning rate that falls to zero.
+"""Adam [Kingma & Ba 2015] and Muon [Jordan et al. 2024], with a learning rate that decays to zero.
 
 Muon replaces the momentum G = U S V^T of each matrix by about U V^T, so that all its directions learn at the same rate. Five
-Newton-Schulz steps X <- X (a I + b X^T X + c (X^T X)^2) take the singular values of X = G / |G| above 1 / 700 to 0.7..1.2.
-All of them are polynomials in X^T X, so here the small square matrix is iterated and X is multiplied once.
+Newton-Schulz steps X <- X (a I + b X^T X + c (X^T X)^2) map the singular values of X = G / |G| above 1 / 700 into 0.7..1.2.
+Each step multiplies X by a polynomial in X^T X, so the code iterates the small matrix X^T X and multiplies X only once.
 """
 
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, PyTree
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 STEPS, MOMENTUM = 5, 0.95
-RMS = 0.2  # of an update before the learning rate, about Adam's, so that both share one [Liu et al. 2025]
+RMS = 0.2  # of an update before the learning rate; about Adam's, so both can share a learning rate [Liu et al. 2025]
 ADAM_LAYERS = ("stem", "out")
 
 
 def cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.Schedule:
-    """A learning rate that rises from 0 in `warmup` steps, half of `iterations` at most, and falls to 0 along a half cosine.
+    """Linear warmup from 0 in `warmup` steps (at most half of `iterations`), then cosine decay to 0 at step `iterations`.
 
     Raises ValueError on a negative `warmup`.
     """
@@ -37,9 +37,9 @@ def adam_with_cosine_decay(learning_rate: float, iterations: int, warmup: int = 
 
 
 def muon_with_cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.GradientTransformation:
-    """Muon for parameters named "kernel", and Adam for all others and for the layers "stem" and "out", at one learning rate.
+    """Muon for parameters named "kernel", Adam for all others and for the layers "stem" and "out"; both at one learning rate.
 
-    The layers are the first and last of `UNet` and `DiT`, at the top of the parameters.
+    "stem" and "out" are the first and last layers of `UNet` and `DiT`, at the top level of the parameters.
     """
     schedule = cosine_decay(learning_rate, iterations, warmup)
     muon = optax.chain(scale_by_muon(), optax.scale_by_learning_rate(schedule))
@@ -51,7 +51,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon() -> optax.GradientTransformation:
-    """The orthogonalized Nesterov momentum of each matrix, with root mean square RMS."""
+    """Replace the update of each matrix by its orthogonalized Nesterov momentum, scaled to a root mean square of about RMS."""
 
     def init(params: PyTree) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
@@ -65,7 +65,7 @@ def scale_by_muon() -> optax.GradientTransformation:
 
 
 def orthogonalized(matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:
-    """About U V^T for `matrix` = U S V^T, by Newton-Schulz iteration; zero for zero."""
+    """Approximate U V^T for `matrix` = U S V^T by Newton-Schulz iteration. A zero matrix gives zero."""
     if matrix.shape[0] < matrix.shape[1]:
         return orthogonalized(matrix.T).T
     with jax.default_matmul_precision("highest"):  # lower precision makes small eigenvalues negative, which then grow
@@ -79,7 +79,7 @@ def orthogonalized(matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:
 
 
 def _scaled_direction(kernel: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A convolution's kernel is a matrix from 9 C inputs to its outputs, any other kernel one from its first axis."""
+    """Orthogonalize and scale a kernel as a matrix, whose rows are the 9 C inputs of a 3x3 convolution or the first axis."""
     inputs = kernel.size // kernel.shape[-1] if kernel.shape[:2] == (3, 3) else kernel.shape[0]
     matrix = kernel.reshape(inputs, -1)
     return (RMS * max(matrix.shape) ** 0.5 * orthogonalized(matrix)).reshape(kernel.shape)

@@ -1,14 +1,14 @@
-"""Sampling: every sampler is a table of affine steps, and one loop runs any of them (docs/derivation.md).
+"""Sampling: every sampler is a table of affine steps, and one loop runs them all (docs/derivation.md).
 
 A sampler walks down times t_S > ... > t_0 = 0. Each of its S steps goes from t to the next lower s:
 
     x_0_hat = denoise(x_t, t)
     x_s     = a x_t + b x_0_hat + c z + d_1 y_1 + d_2 y_2 + d_3 y_3,  z ~ N(0, I)   (8)
 
-where y_1, y_2 and y_3 are what the last three steps kept of themselves, the newest first (0 before the first step). Each keeps
-y = e x_t + f x_0_hat, which is x_0_hat where (e, f) = (0, 1). All coefficients are known before the network is called. The
-last step adds no noise: it ends at x_0_hat. A network that learns its variance gives, beside x_0_hat, a fraction of the way
-from the least deviation to the largest, in log space; then c e^(r fraction) stands for c, and r is known as well.
+Each step stores y = e x_t + f x_0_hat, by default x_0_hat itself. y_1, y_2 and y_3 are the values stored by the last three
+steps, newest first, and 0 before the first step. All coefficients are known before the network is called. The last step adds
+no noise and ends at x_0_hat. With a learned variance, c e^(r fraction) replaces c: the network also returns a fraction, which
+interpolates from the smallest standard deviation to the largest in log space.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,17 +24,17 @@ from diffusion_jax.schedules import NoiseSchedule, karras_sigmas
 SigmaType = Literal["upper_bound", "lower_bound", "zero", "learned"]
 Spacing = Literal["time", "log_snr", "karras", "flow"]
 Steps = int | Float[np.ndarray, " times"] | None
-"""S, for steps evenly spaced in t; or times from `sampling_times`; or None for all T."""
+"""A number S of steps evenly spaced in t, or an array of times such as `sampling_times` returns, or None for all T steps."""
 Column = Float[np.ndarray, " S"]
 FLOW_POWER = 1.2
 MEMORY = 3
 
 
 class SamplerTable(NamedTuple):
-    """The coefficients of eq. 8, a row a step, first step first.
+    """The coefficients of eq. 8, one row per step, in the order of sampling.
 
-    `t` is the time that a step leaves, and `scale` the deviation of x_t there if that of the data is 1. r is 0 but where the
-    variance is learned.
+    `t` is the time at which a step starts, and `scale` is the standard deviation of x_t at that time for data of unit
+    variance. r is 0 unless the variance is learned.
     """
 
     t: Column
@@ -49,7 +49,7 @@ class SamplerTable(NamedTuple):
 
 
 def make_table(schedule: NoiseSchedule, t: Column, a: Column, b: Column, c: Any = 0.0, **more: Any) -> SamplerTable:
-    """The steps that leave the times `t`, in float64. Columns may be numbers, and r, d and e are 0 and f is 1 by default."""
+    """A float64 table of steps that start at times `t`. c, r, e and f may be scalars; r, d and e default to 0, f to 1."""
     more = {"scale": np.hypot(*schedule.at(t)), "c": c, "r": 0.0, "e": 0.0, "f": 1.0} | more
     d = more.pop("d", np.zeros((len(t), MEMORY)))
     columns = {name: np.array(np.broadcast_to(column, len(t)), np.float64) for name, column in more.items()}
@@ -59,13 +59,13 @@ def make_table(schedule: NoiseSchedule, t: Column, a: Column, b: Column, c: Any 
 def sampling_times(
     schedule: NoiseSchedule, sampling_timesteps: int | None = None, spacing: str = "time", rho: float = 7.0
 ) -> Float[np.ndarray, " times"]:
-    """T = t_S > ... > t_0 = 0, of which S = `sampling_timesteps`, by default T, are where the network is called.
+    """The times T = t_S > ... > t_0 = 0 of S = `sampling_timesteps` steps (T by default).
 
-    "time" spaces them evenly in t, rounded to rows; the others are real times, rounded to float32, the dtype that the network
-    is told them in. "log_snr" spaces them evenly in log(sigma), sigma = noise / signal, and "karras" in sigma^(1 / rho)
-    [Karras et al. 2022, eq. 5], down to t_1 = 1; where there is no signal at T, from the last row that has some. "flow" spaces
-    them evenly in u = 1 / (1 + sigma^(-1 / 1.2)), which is near to t / T of rectified flow, so that sigma_1 falls with S.
-    Raises ValueError on an unknown spacing, unless 1 <= S <= T, or if two times are one in float32.
+    "time" spaces them evenly in t and rounds to rows. The other spacings give real times, rounded to float32 as the network
+    receives them: "log_snr" spaces them evenly in log(sigma), sigma = noise / signal, and "karras" in sigma^(1 / rho) [Karras
+    et al. 2022, eq. 5], both down to t_1 = 1. If row T has no signal, they are spaced from the last row that has. "flow" spaces
+    evenly in u = 1 / (1 + sigma^(-1 / 1.2)), which is close to t / T of rectified flow, so sigma_1 decreases as S grows.
+    Raises ValueError on an unknown spacing, unless 1 <= S <= T, or if two times are equal in float32.
     """
     check_choice("spacing", spacing, get_args(Spacing))
     rows = strided_timesteps(schedule.num_timesteps, sampling_timesteps)
@@ -88,9 +88,9 @@ def sampling_times(
 
 
 def strided_timesteps(num_timesteps: int, sampling_timesteps: int | None = None) -> Int[np.ndarray, " times"]:
-    """T = t_S > ... > t_0 = 0, strictly decreasing and evenly spaced up to rounding; S = T if `sampling_timesteps` is None.
+    """Integer times T = t_S > ... > t_0 = 0, evenly spaced up to rounding; S = T if `sampling_timesteps` is None.
 
-    Raises ValueError unless 1 <= sampling_timesteps <= num_timesteps.
+    Raises ValueError unless `sampling_timesteps` is a whole number from 1 to `num_timesteps`.
     """
     steps = num_timesteps if sampling_timesteps is None else sampling_timesteps
     if not (1 <= steps <= num_timesteps and steps % 1 == 0):
@@ -99,7 +99,7 @@ def strided_timesteps(num_timesteps: int, sampling_timesteps: int | None = None)
 
 
 def as_times(schedule: NoiseSchedule, steps: Steps) -> Float[np.ndarray, " times"]:
-    """The times that `steps` stands for. Raises ValueError unless they go strictly down to 0 from at most T."""
+    """Convert `steps` to times. Raises ValueError unless they decrease strictly from at most T to 0."""
     if steps is None or np.ndim(steps) == 0:
         return sampling_times(schedule, steps)  # pyright: ignore[reportArgumentType]
     times = np.asarray(steps, np.float32).astype(np.float64)
@@ -110,12 +110,12 @@ def as_times(schedule: NoiseSchedule, steps: Steps) -> Float[np.ndarray, " times
 
 
 def ancestral_table(schedule: NoiseSchedule, sigma_type: str = "upper_bound", sampling_timesteps: Steps = None) -> SamplerTable:
-    """Ancestral sampling: the posterior (eq. 7) at x_0_hat, strided if there are fewer than T steps [Ho et al. 2020, alg. 2].
+    """Ancestral sampling: draw x_s from the posterior (eq. 7) at x_0_hat, strided for S < T [Ho et al. 2020, alg. 2].
 
-    `sigma_type` is the variance c^2: "upper_bound" is that of x_s given x_t for x_0 ~ N(0, I), which is beta_{t|s} where the
-    path preserves variance; "lower_bound" is the posterior's own, right for a single point x_0 [Ho et al. 2020, sec. 3.2];
-    "zero" takes the posterior's mean (which is not DDIM); "learned" is between the two bounds, where the network says
-    [Nichol & Dhariwal 2021, eq. 15], or else the lower bound. Raises ValueError on an unknown type or on steps outside 1..T.
+    `sigma_type` selects the variance c^2. "upper_bound" is the variance of x_s given x_t for x_0 ~ N(0, I), or beta_{t|s} on
+    variance-preserving paths. "lower_bound" is the posterior variance, exact for data of one point [Ho et al. 2020, sec. 3.2].
+    "zero" takes the posterior mean (this is not DDIM). "learned" lies between the two bounds at the network's fraction [Nichol
+    & Dhariwal 2021, eq. 15], or at the lower if there is none. Raises ValueError on an unknown type or steps outside 1..T.
     """
     check_choice("sigma_type", sigma_type, get_args(SigmaType))
     times = as_times(schedule, sampling_timesteps)
@@ -137,7 +137,7 @@ def ddim_table(schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: St
 
 
 def ddim_steps(schedule: NoiseSchedule, times: Float[np.ndarray, " times"], eta: float = 0.0) -> SamplerTable:
-    """DDIM through the times, which may also go up if eta = 0. Raises ValueError on eta outside [0, 1]."""
+    """DDIM steps through `times`, which may also increase if eta = 0. Raises ValueError on eta outside [0, 1]."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
     (signal_t, noise_t), (signal_s, noise_s) = schedule.at(times[:-1]), schedule.at(times[1:])
@@ -147,10 +147,10 @@ def ddim_steps(schedule: NoiseSchedule, times: Float[np.ndarray, " times"], eta:
 
 
 def padded(table: SamplerTable, num_steps: int) -> SamplerTable:
-    """The same steps as a table of `num_steps` rows, so that samplers of any kind and length run in one compiled `sample`.
+    """Pad a table with rows of zeros to `num_steps` rows, so that samplers of any kind and length share one compiled `sample`.
 
-    Rows of zeros follow the last step: t = 0 ends a table there, though not in `sample_trajectory`, which takes every row.
-    Raises ValueError if the table has more rows than that.
+    `sample` stops at the first row with t = 0. `sample_trajectory` does not stop there: it runs every row.
+    Raises ValueError if the table has more than `num_steps` rows.
     """
     missing = num_steps - len(table.t)
     if missing < 0:
@@ -165,13 +165,13 @@ def sample(
     shape: tuple[int, ...],
     start: Float[Array, "B *shape"] | None = None,
 ) -> Float[Array, "B *shape"]:
-    """One x_0 of `shape` for each key, in memory that does not grow with the number of steps (eq. 8).
+    """Draw one x_0 of `shape` for each key (eq. 8). Memory does not grow with the number of steps.
 
-    The walk begins at `start`, an x_t at the table's first t, or at normal float32 noise of its `scale`, which is the
-    deviation of x_t if that of the data is 1. Samples have start's dtype.
-    Sample i depends on keys[i] and start[i] alone, whatever the batch size and the device count. The loop ends at the table's
-    end or at its first row of t = 0, so it has no reverse-mode gradient; `sample_trajectory` has. Raises ValueError on a
-    `start` of another shape or of integers.
+    Sampling starts from `start`, an x_t at the table's first t, or by default from float32 normal noise with the table's first
+    `scale` as standard deviation. Samples have start's dtype. Sample i depends only on keys[i] and start[i], not on the batch
+    size or the number of devices. The loop stops at the first row with t = 0 or after the last row. It is a while loop, so it
+    has no reverse-mode gradient; `sample_trajectory` has one. Raises ValueError unless `start` is floating point and of shape
+    [B, *shape].
     """
     begin = _start(table, keys, shape, start)
     table = _cast(table, begin)
@@ -193,7 +193,7 @@ def sample_trajectory(
     shape: tuple[int, ...],
     start: Float[Array, "B *shape"] | None = None,
 ) -> Float[Array, "times B *shape"]:
-    """The same samples as `sample` with every x_t on the way: index 0 is x_0, the last is what the walk began with.
+    """Like `sample`, but returns x_t at every time: index 0 is x_0, and the last index is the starting point.
 
     Raises ValueError as `sample` does.
     """
@@ -213,7 +213,7 @@ def _before_the_first_step(x_t: Array) -> tuple[Array, ...]:
 
 
 def _step(denoise: Denoise, row: Any, state: tuple[Array, ...], keys: Array, number: Array) -> tuple[Array, ...]:
-    """From (x_t, y_1, y_2, y_3) to (x_s, y, y_1, y_2)."""
+    """One step of eq. 8, from (x_t, y_1, y_2, y_3) to (x_s, y, y_1, y_2)."""
     x_t, *kept = state
     x_0_hat, fraction = with_fraction(denoise(x_t, jnp.full(len(x_t), row.t, jnp.float32)))
     deviation = row.c * jnp.exp(row.r * fraction)
@@ -226,7 +226,7 @@ def _step(denoise: Denoise, row: Any, state: tuple[Array, ...], keys: Array, num
 
 
 def _cast(table: SamplerTable, x: Array) -> Any:
-    """The table in x's dtype, or in float32 where that has fewer bits."""
+    """Cast the table to x's dtype, but at least to float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return jax.tree.map(lambda column: jnp.asarray(column, dtype), table)
 
@@ -242,5 +242,5 @@ def _start(table: SamplerTable, keys: Array, shape: tuple[int, ...], start: Arra
 
 
 def _normal(keys: Array, number: int | Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """The noise of the step of that number, from 1 on; 0 stands for the noise that sampling begins with."""
+    """The noise of step `number`, counted from 1, for each key. Number 0 is the starting noise."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape, dtype))(keys)

@@ -1,13 +1,12 @@
-"""Noise schedules: how much of the data and how much noise is in x_t, as two tables over t = 0..T.
+"""Noise schedules: two tables over t = 0..T that give the amounts of data and of noise in x_t.
 
     x_t = signal_t x_0 + noise_t eps,  eps ~ N(0, I)                                (1)
 
-Row 0 is the data: signal 1, noise 0. Nothing else is assumed but that sigma = noise / signal increases, so a schedule may be
-variance-preserving (signal^2 + noise^2 = 1) [Ho et al. 2020], rectified flow (signal + noise = 1) [Liu et al. 2022],
-variance-exploding (signal = 1) [Song et al. 2021b], or anything else. Between the rows both columns are linear in t.
+Row 0 is the data: signal 1, noise 0. The only other assumption is that sigma = noise / signal increases with t. So a schedule
+may be variance-preserving (signal^2 + noise^2 = 1) [Ho et al. 2020], rectified flow (signal + noise = 1) [Liu et al. 2022],
+variance-exploding (signal = 1) [Song et al. 2021b], or any other Gaussian path. Both columns are linear in t between rows.
 
-Tables are made in float64 NumPy and cast when they meet the data: 1 - alpha_bar_t computed in float32 is wrong in the fourth
-digit at small t.
+Tables are float64 NumPy arrays and are cast only where they meet the data: float32 loses digits of 1 - alpha_bar_t at small t.
 """
 
 from typing import Any, NamedTuple
@@ -29,17 +28,17 @@ class NoiseSchedule(NamedTuple):
 
     @property
     def sigma(self) -> Float[np.ndarray, " times"]:
-        """noise / signal; infinite where there is no signal. The log-SNR is -2 log(sigma)."""
+        """noise / signal; infinite where signal is 0. The log-SNR is -2 log(sigma)."""
         with np.errstate(divide="ignore"):
             return self.noise / self.signal
 
     def at(self, t: Any) -> tuple[Any, Any]:
-        """signal and noise at a real time from 0 to T, or at an array of times, in float64."""
+        """signal and noise in float64 at `t`, a real time from 0 to T or an array of times."""
         rows = np.arange(len(self.signal))
         return np.interp(t, rows, self.signal), np.interp(t, rows, self.noise)
 
     def time_of(self, sigma: Any) -> Any:
-        """The real time at which noise / signal is `sigma`, a number or an array; 0 or T where that is out of range."""
+        """The real time at which noise / signal is `sigma`, a number or an array. Clipped to the range 0..T."""
         sigma = np.clip(sigma, 0, self.sigma[-1])
         row = np.clip(np.searchsorted(self.sigma, sigma, side="right") - 1, 0, self.num_timesteps - 1)
         signal, noise = self.signal[row], self.noise[row]
@@ -49,9 +48,10 @@ class NoiseSchedule(NamedTuple):
 
 
 def schedule_from_columns(signal: ArrayLike, noise: ArrayLike) -> NoiseSchedule:
-    """Any Gaussian path, from its two columns over t = 0..T (eq. 1).
+    """The schedule of any Gaussian path, from its two columns over t = 0..T (eq. 1).
 
-    Raises ValueError unless they are vectors of one length of at least 2 that begin with 1 and 0, and noise / signal increases.
+    Raises ValueError unless both columns are finite vectors of the same length, at least 2, signal starts at 1 and is never
+    negative, noise starts at 0, and noise / signal increases.
     """
     schedule = NoiseSchedule(np.asarray(signal, np.float64), np.asarray(noise, np.float64))
     shapes = schedule.signal.shape, schedule.noise.shape
@@ -70,12 +70,12 @@ def schedule_from_columns(signal: ArrayLike, noise: ArrayLike) -> NoiseSchedule:
 
 
 def schedule_from_beta(beta: ArrayLike) -> NoiseSchedule:
-    """The variance-preserving schedule whose steps add the variances beta_1..beta_T [Ho et al. 2020, eqs. 2, 4].
+    """The variance-preserving schedule with step variances beta_1..beta_T [Ho et al. 2020, eqs. 2, 4].
 
         q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                    (2)
         alpha_bar_t = prod_{s <= t} (1 - beta_s),  signal_t = sqrt(alpha_bar_t),  noise_t = sqrt(1 - alpha_bar_t)      (3)
 
-    Raises ValueError if beta is not a vector, is empty, or one value lies outside (0, 1).
+    Raises ValueError unless beta is a non-empty vector of values in (0, 1).
     """
     beta = np.asarray(beta, np.float64)
     if beta.ndim != 1 or len(beta) == 0:
@@ -88,12 +88,12 @@ def schedule_from_beta(beta: ArrayLike) -> NoiseSchedule:
 
 
 def linear_schedule(num_timesteps: int) -> NoiseSchedule:
-    """Ho et al. (2020, sec. 4): beta linear from 1e-4 to 0.02 over 1000 steps, seen at `num_timesteps` evenly spaced times.
+    """Ho et al.'s (2020, sec. 4) schedule, beta linear from 1e-4 to 0.02 over 1000 steps, resampled to `num_timesteps` steps.
 
-    At T = 1000 this is theirs exactly. For any other T the same process is cut into T steps: alpha_bar_t is theirs at time
-    1000 t / T, with log alpha_bar linear between their steps. So alpha_bar_T = 4.0e-5 and sampling may start at N(0, I)
-    whatever T is, which 1e-4..0.02 spread over few steps does not give (alpha_bar_T = 0.9 at T = 10), and beta stays below 1,
-    which scaling it by 1000 / T does not.
+    At T = 1000 this is exactly their schedule. For any other T, alpha_bar_t is their value at time 1000 t / T, with log
+    alpha_bar linear between their steps. So alpha_bar_T = 4.0e-5 for every T, small enough to start sampling at N(0, I), and
+    beta stays below 1. Spreading 1e-4..0.02 over 10 steps would leave alpha_bar_T = 0.9 instead, and scaling beta by 1000 / T
+    would make it exceed 1.
 
     Raises ValueError unless `num_timesteps` is a whole number of at least 1.
     """
@@ -128,10 +128,10 @@ def flow_schedule(num_timesteps: int) -> NoiseSchedule:
 def variance_exploding_schedule(
     num_timesteps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> NoiseSchedule:
-    """x_t = x_0 + sigma_t eps, with sigma^(1/rho) linear from sigma_1 = sigma_min to sigma_T = sigma_max.
+    """Variance exploding: x_t = x_0 + sigma_t eps, with sigma^(1/rho) linear from sigma_1 = sigma_min to sigma_T = sigma_max.
 
     [Song et al. 2021b, sec. 3.4; Karras et al. 2022, eq. 5.]
-    Raises ValueError unless `num_timesteps` is a whole number of at least 1 and 0 < sigma_min < sigma_max.
+    Raises ValueError unless `num_timesteps` is a whole number of at least 1 and 0 < sigma_min < sigma_max < infinity.
     """
     _check_num_timesteps(num_timesteps)
     if not 0 < sigma_min < sigma_max < np.inf:
@@ -140,7 +140,7 @@ def variance_exploding_schedule(
 
 
 def karras_sigmas(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Float[np.ndarray, " count"]:
-    """From sigma_min up to sigma_max with sigma^(1/rho) evenly spaced; sigma_max alone where count is 1."""
+    """`count` values from sigma_min up to sigma_max with sigma^(1/rho) evenly spaced; only sigma_max if `count` is 1."""
     shares = np.linspace(0, 1, count) if count > 1 else np.ones(1)
     return (sigma_min ** (1 / rho) + shares * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
 

@@ -1,14 +1,14 @@
-"""Solvers of higher order for the probability flow, each a table for the loop of `sampling.py` (docs/derivation.md).
+"""Higher-order solvers of the probability flow, each a table for the loop in `sampling.py` (docs/derivation.md).
 
 In lambda = log(signal / noise) = -log(sigma), with h = lambda_s - lambda_t, the flow from t to s has the exact solution
 [Lu et al. 2022]
 
     x_s = noise_s / noise_t x_t + signal_s (1 - e^-h) mean(x_0_hat),                (10)
 
-the mean over the step theta = (lambda - lambda_t) / h in 0..1 with the density e^(h theta). DDIM takes x_0_hat of its
-beginning. Here it is a polynomial through x_0_hat at several times, so the mean is a weighted sum, whose weights are known
-beforehand. Where h is infinite, at the last step, a step is DDIM's. The first steps and the last have lower orders, since there
-is nothing before them or nothing left to gain.
+where the mean is over theta = (lambda - lambda_t) / h from 0 to 1, with density proportional to e^(h theta). DDIM takes x_0_hat
+at theta = 0. The solvers here put a polynomial through x_0_hat at several times, so the mean is a weighted sum with weights
+known in advance. The last step, where h is infinite, is DDIM's. The order is lower in the first steps, which have few earlier
+values, and in the last steps, where a higher order gains nothing.
 """
 
 from itertools import pairwise
@@ -23,17 +23,17 @@ from diffusion_jax.schedules import NoiseSchedule
 
 Variable = Literal["log_snr", "signal"]
 LARGEST_RATIO = 10.0
-NO_SIGNAL = 25.0  # how far lambda without signal, which is infinite, is taken to be below the others
+NO_SIGNAL = 25.0  # without signal, lambda is -infinity: use this much less than the lowest finite lambda
 
 
 def dpm_solver_table(
     schedule: NoiseSchedule, eta: float = 0.0, sampling_timesteps: Steps = None, order: int = 2
 ) -> SamplerTable:
-    """DPM-Solver++(2M) [Lu et al. 2022, alg. 2], or 3M with `order` 3; its SDE form at eta = 1, with DDIM's noise for any eta.
+    """DPM-Solver++(2M) [Lu et al. 2022, alg. 2], or 3M with `order` 3. eta adds DDIM's noise; eta = 1 is the SDE form.
 
-    Two values of x_0_hat are weighted as at the middle of the step, as in the paper, and three exactly. (Published forms of 3M
-    give the second difference half of that weight and converge with order 2.) Raises ValueError on eta outside [0, 1], on an
-    order other than 1, 2 or 3, or on steps outside 1..T.
+    A polynomial through two values of x_0_hat is evaluated at the middle of the step, as in the paper; the mean of one through
+    three is exact. (Other implementations of 3M give the second difference half that weight and converge with order 2.) Raises
+    ValueError on eta outside [0, 1], on an order other than 1, 2 or 3, or on steps outside 1..T.
     """
     return multistep_table(schedule, as_times(schedule, sampling_timesteps), eta, order)
 
@@ -41,12 +41,12 @@ def dpm_solver_table(
 def unipc_table(
     schedule: NoiseSchedule, sampling_timesteps: Steps = None, order: int = 2, variable: str = "log_snr"
 ) -> SamplerTable:
-    """UniPC [Zhao et al. 2023, with B(h) = e^h - 1], of order 2 or 3: a step corrected by x_0_hat at its end.
+    """UniPC [Zhao et al. 2023, with B(h) = e^h - 1] of order 1, 2 or 3: x_0_hat at the end of each step corrects the step.
 
-    The next step needs that anyway, so it costs no network call. The polynomial is in lambda, as in the paper, or with
-    `variable` "signal" in 1 / sqrt(1 + sigma^2), in which x_0_hat is linear for data N(0, I). That is the better one at few
-    calls with the spacing "flow", and needs one that does not crowd its steps where there is little signal. Raises ValueError
-    on an unknown variable, and as `dpm_solver_table` does.
+    The next step needs this x_0_hat anyway, so the correction costs no network call. The polynomial is in lambda, as in the
+    paper, or for `variable` "signal" in 1 / sqrt(1 + sigma^2), in which x_0_hat is linear for data N(0, I). "signal" is better
+    at few network calls with the spacing "flow". Do not use it with a spacing that puts many steps where there is little
+    signal. Raises ValueError on an unknown variable or order, or on steps outside 1..T.
     """
     check_choice("variable", variable, get_args(Variable))
     return multistep_table(schedule, as_times(schedule, sampling_timesteps), 0.0, order, corrects=True, variable=variable)
@@ -60,10 +60,10 @@ def multistep_table(
     corrects: bool = False,
     variable: str = "log_snr",
 ) -> SamplerTable:
-    """Steps through the times with x_0_hat of the last `order` of them; the times may also go up if eta = 0 (eq. 10)."""
+    """Steps through `times` that use x_0_hat at the last `order` times (eq. 10). The times may also increase if eta = 0."""
     _check_order(order)
     table, lambdas, signal = ddim_steps(schedule, times, eta), _lambda(schedule, times), schedule.at(times)[0]
-    with np.errstate(divide="ignore"):  # h, or for eta > 0 what takes its place: e^-zeta = a signal_t / signal_s
+    with np.errstate(divide="ignore"):  # e^-zeta = a signal_t / signal_s; zeta is h if eta = 0 and replaces h if eta > 0
         zeta = -np.log(table.a * signal[:-1] / signal[1:])
     zeta = np.where(np.isinf(zeta), np.diff(lambdas), zeta)
     coefficients, steps = np.zeros((len(table.t), 1 + MEMORY)), len(table.t)
@@ -82,10 +82,10 @@ def multistep_table(
 
 
 def deis_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None, order: int = 3) -> SamplerTable:
-    """DEIS [Zhang & Chen 2023, eq. 15, with polynomials in log(noise / signal)]: eps_hat in place of x_0_hat.
+    """DEIS [Zhang & Chen 2023, eq. 15, with polynomials in log(noise / signal)]: interpolates eps_hat instead of x_0_hat.
 
-    In sigma = noise / signal the flow is x_s / signal_s = x_t / signal_t + the integral of eps_hat over sigma.
-    Raises ValueError as `dpm_solver_table` does.
+    With sigma = noise / signal, the flow is x_s / signal_s = x_t / signal_t + integral of eps_hat from sigma_t to sigma_s.
+    Raises ValueError on an order other than 1, 2 or 3, or on steps outside 1..T.
     """
     _check_order(order)
     times = as_times(schedule, sampling_timesteps)
@@ -108,15 +108,15 @@ def heun_table(
     churn_range: tuple[float, float] = (0.0, np.inf),
     churn_noise: float = 1.0,
 ) -> SamplerTable:
-    """Heun's method with `churn` [Karras et al. 2022, alg. 1-2]: S steps of two network calls each, but one for the last.
+    """Heun's method with `churn` [Karras et al. 2022, alg. 1-2]: two rows and network calls per step, but one in the last.
 
-    The second row of a step replaces eps_hat by its mean over both ends. With ratio = sigma_s / sigma_t, for sigma of eq. 10,
+    The first row is DDIM's. The second replaces eps_hat by its mean over both ends. With ratio = sigma_s / sigma_t,
 
         x_s += signal_s (1 - ratio) / (2 ratio) (x_0_hat - x_0_hat_before)                              (11)
 
-    Not where ratio < 1 / 10: a step from next to no signal would be all correction. Churn raises sigma by the factor
-    1 + min(churn / S, sqrt(2) - 1) before each step from a sigma in `churn_range`, with noise `churn_noise` times as large as
-    that takes, which the row before adds. Not beyond t = T, and so not before the first step. Raises ValueError on a negative
+    A step with ratio <= 1 / 10 has no second row: from almost no signal, it would be all correction. Before a step from a sigma
+    in `churn_range`, churn raises sigma by the factor 1 + min(churn / S, sqrt(2) - 1), at most to sigma_T. The row before adds
+    the noise that this takes, times `churn_noise`. So there is no churn before the first step. Raises ValueError on a negative
     churn or on steps outside 1..T.
     """
     if not churn >= 0:
@@ -157,15 +157,15 @@ def _lambda(schedule: NoiseSchedule, times: Float[np.ndarray, " times"]) -> Floa
 
 
 def _used(i: int, order: int, steps: int) -> Int[np.ndarray, " used"]:
-    """The steps whose x_0_hat step i takes, its own first: as many as the order allows, and as there are before and after."""
+    """The steps whose x_0_hat step i uses, its own first: `order` of them, but fewer near both ends of the table."""
     return i - np.arange(min(order, i + 1, steps - i))
 
 
 def _weights(nodes: np.ndarray, step: np.ndarray, zeta: float, variable: str = "log_snr", exact: bool = False) -> np.ndarray:
-    """l with sum_j l_j P(node_j) = the mean of P over the step with the density e^(zeta theta), if P has a degree below n.
+    """Weights l such that sum_j l_j P(node_j) is the mean of P over the step with density e^(zeta theta) (eq. 10).
 
-    P is a polynomial in the `variable`; nodes and the ends of the step are lambdas. For two nodes in lambda, unless `exact`,
-    the mean of P is taken to be its value at the middle, as the authors of UniPC and 2M do.
+    P is any polynomial in `variable` of degree below len(nodes); `nodes` and the ends of `step` are values of lambda. For two
+    nodes in lambda, unless `exact`, the value in the middle of the step replaces the mean, as in UniPC's and 2M's papers.
     """
     points, density = np.polynomial.legendre.leggauss(48)
     theta, powers = (1 + points) / 2, np.arange(len(nodes))

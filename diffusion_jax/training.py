@@ -1,4 +1,4 @@
-"""The training state, one training step, and the one place that knows how many devices there are."""
+"""The training state, one training step, and `over_devices`, the only code that depends on the number of devices."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +24,7 @@ class TrainState(train_state.TrainState):
 
 
 def create_train_state(apply_fn: Callable, params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. The average is a copy, so that both may be donated."""
+    """The state before the first step. ema_params is a copy of params, so that both can be donated."""
     # result_type removes weak types, and float64 where x64 is off, so that the first step does not retrace.
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
     ema_params = jax.tree.map(jnp.copy, params)
@@ -33,7 +33,7 @@ def create_train_state(apply_fn: Callable, params: PyTree, optimizer: optax.Grad
 
 
 def example_keys(key: Key[Array, ""], examples: Int[Array, " B"]) -> Key[Array, " B"]:
-    """A key for each example, from its number alone: the same whatever batch or device it falls in."""
+    """A key for each example, which depends only on its number, not on its batch or device."""
     return jax.vmap(lambda example: jax.random.fold_in(key, example))(examples)
 
 
@@ -48,8 +48,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimizer step on the mean of `loss_fn(params, batch, keys)`; returns the new state and its metrics.
 
-    The average follows with decay min(ema_decay, (1 + step) / (10 + step)), so that a short run is not held to its start.
-    Every array of the new state has the dtype of the old one.
+    The moving average has the decay min(ema_decay, (1 + step) / (10 + step)), so that short runs forget their initial values.
+    Every array keeps its dtype.
     """
     loss, grads = jax.value_and_grad(lambda params: loss_fn(params, batch, keys).mean())(state.params)
     loss, grads = mean_over_devices((loss, grads))
@@ -72,13 +72,13 @@ def over_devices(
 ) -> Callable:
     """Compile `fn`, with jit on one device or with pmap on several. Nothing else in the project knows which.
 
-    `fn` sees a slice of each argument whose `in_axes` is 0 and the whole of each whose `in_axes` is None. Its results are
-    joined along `out_axes`; where that is None they must be the same on every device, and to make them so `fn` is given
-    `mean_over_devices` as well. The compiled function takes and returns whole arrays, and raises ValueError where the length
-    of one to be sliced is not a multiple of the number of devices, or where there are none.
+    On each device, `fn` gets a slice of each argument whose `in_axes` is 0 and all of each argument whose `in_axes` is None.
+    Results are joined along `out_axes`. If `out_axes` is None, they must be equal on all devices, and `fn` also gets the
+    keyword argument `mean_over_devices` to make them so. The compiled function takes and returns whole arrays. Raises
+    ValueError if `devices` is empty, and when called with an argument whose length the number of devices does not divide.
 
-    `devices` may belong to several processes, if `out_axes` is None: then each of them calls the compiled function with the
-    same arguments and gets the same results, and copies to its own devices only the slices that are theirs.
+    `devices` may belong to several processes if `out_axes` is None. Each process then calls the compiled function with the same
+    arguments, gets the same results, and copies to its own devices only their slices.
     """
     if not devices:
         raise ValueError("there must be at least one device, got none")
@@ -100,7 +100,7 @@ def over_devices(
     )
 
     def place(arg, axis):
-        if axis is None:  # as the results are, so that the next call finds the same placement and does not compile again
+        if axis is None:  # placed like the results, so that the next call does not recompile
             return replicate(arg, devices)
         check_divisible(len(arg), len(devices))
         return arg.reshape(len(devices), -1, *arg.shape[1:])[mine]
@@ -116,7 +116,7 @@ def over_devices(
 
 
 def replicate(tree: PyTree, devices: Sequence[Any]) -> PyTree:
-    """The arrays of `tree` on each of this process's `devices`; what a compiled function reads often is placed once."""
+    """Copy `tree` to each of this process's `devices`, once, for arguments that a compiled function reads often."""
     if len(devices) == 1:
         return jax.device_put(tree, devices[0])
     mesh = Mesh([device for device in devices if device.process_index == jax.process_index()], AXIS_NAME)

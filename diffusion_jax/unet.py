@@ -15,16 +15,16 @@ MAX_HEADS = 8
 
 
 class UNet(nn.Module):
-    """f(x_t, t), an image of x_t's shape and float32; with `learned_variance`, a pair of that and a fraction for each element.
+    """f(x_t, t), a float32 image of x_t's shape; with `learned_variance`, a pair (image, fraction), both of that shape.
 
-    Level i of `dim_scales` has two residual blocks on the way down and two on the way up, each with a skip between them, at
-    1 / 2^i of the resolution; between levels the width becomes embed_dim * dim_scales[i]. Self-attention sits in the middle,
-    and a long residual joins the first features to the last. With `patch_size`, the network works on patches of that height
-    and width, whose pixels are channels. `dtype` is what the layers compute in; parameters, normalization statistics and the
-    output are float32. With `num_classes`, each example has a label, and it may have a second time s (see `embed_condition`).
+    Level i of `dim_scales`, at 1 / 2^i of the resolution, has two residual blocks on the way down and two on the way up, with
+    skip connections between them. After its blocks on the way down, the width becomes embed_dim * dim_scales[i]. The middle has
+    self-attention, and a residual connection adds the first features to the last. The network sees patches of `patch_size` x
+    `patch_size` pixels as channels. Layers compute in `dtype`; parameters, normalization statistics and the output are float32.
+    With `num_classes`, each example may have a label. It may also have a second time s (see `embed_condition`).
 
-    Raises ValueError if `patch_size` is less than 1, x_t is no image, or its height or width is not a multiple of
-    patch_size 2^(len(dim_scales) - 1).
+    Raises ValueError if `patch_size` is less than 1, x_t is not [B, H, W, C], or its height or width is not a multiple of
+    patch_size * 2^(len(dim_scales) - 1).
     """
 
     in_dim: int
@@ -83,9 +83,9 @@ class UNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))) + shift(time))), starting as x: the last convolution starts at zero.
+    """x + conv(silu(norm(conv(silu(norm(x)))) + shift(time))). The last convolution starts at zero, so the block starts as x.
 
-    The shift comes after the normalization, which would take it out again where a group is one channel.
+    The shift follows the normalization, which would remove it if a group were one channel.
     """
 
     features: int
@@ -104,7 +104,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x + attention(norm(x)) among all pixels, scaled by 1 / sqrt(head_dim) (Vaswani et al. 2017, eq. 1)."""
+    """x + attention(norm(x)) over all pixels, scaled by 1 / sqrt(head_dim) (Vaswani et al. 2017, eq. 1)."""
 
     dtype: DTypeLike
 
@@ -121,14 +121,14 @@ class SelfAttention(nn.Module):
 
 
 def pixel_shuffle(x: Float[Array, "B H W C"], size: int = 2) -> Float[Array, "B H*{size} W*{size} C//{size}**2"]:
-    """Each pixel's channels as `size` x `size` pixels; after a 1x1 layer, a transposed convolution of that size and stride."""
+    """Turn each pixel's channels into `size` x `size` pixels. After a 1x1 layer, this is a transposed convolution."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, size, size, channels // size**2).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, size * height, size * width, channels // size**2)
 
 
 def to_patches(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B H//{size} W//{size} C*{size}**2"]:
-    """The `size` x `size` pixels of each patch as channels: the inverse of `pixel_shuffle`."""
+    """Turn the `size` x `size` pixels of each patch into channels: the inverse of `pixel_shuffle`."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, height // size, width // size, size**2 * channels)
