@@ -60,11 +60,12 @@ def test_a_step_and_samples_on_every_path(path, target_type, time_input, density
 
 def test_a_mean_flow_run_trains_and_samples_by_jumps():
     options = {"noise_schedule_type": "flow", "target_type": "pred_u", "loss_type": "mean_flow", "training_guidance": 2.0}
-    config = dataclasses.replace(CONFIG, conditional=True, network="dit", **options)
+    config = dataclasses.replace(CONFIG, conditional=True, network="dit", learning_rate=0.03, **options)
     check(config)
     schedule, state = model.make_schedule(config), model.initial_state(config, jax.random.key(0))
     step = jax.jit(
-        training_step(model.make_mean_flow_loss(config), jax.random.key(1), 8, 0.0), static_argnames="mean_over_devices"
+        training_step(model.make_mean_flow_loss(config, schedule, True), jax.random.key(1), 8, 0.0),
+        static_argnames="mean_over_devices",
     )
     images, examples = jnp.full((8, 28, 28, 1), 200, jnp.uint8), jnp.arange(8, dtype=jnp.int32)
     for _ in range(8):  # the layers begin at zero, so the first steps move the last ones only

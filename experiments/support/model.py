@@ -53,8 +53,19 @@ def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
     network, second_time = make_network(config), {"s": jnp.zeros(1)} if config.loss_type == "mean_flow" else {}
     x_t, t = jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), jnp.ones(1, jnp.int32)
     params = jax.jit(network.init)(key, x_t, t, **second_time)["params"]
-    optimizer = OPTIMIZERS[config.optimizer](config.learning_rate, config.iterations, config.warmup)
+    optimizer = OPTIMIZERS[config.optimizer](**learning_rate(config))
     return dj.create_train_state(network.apply, params, optimizer)
+
+
+def learning_rate(config: Config) -> dict[str, Any]:
+    """Arguments of `dj.cosine_decay`; one cycle for the velocity of a mean_flow run, and one for the averages."""
+    cycles = 2 if config.loss_type == "mean_flow" else 1
+    return {
+        "learning_rate": config.learning_rate,
+        "iterations": config.iterations,
+        "warmup": config.warmup,
+        "cycles": cycles,
+    }
 
 
 def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
@@ -62,7 +73,6 @@ def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
     weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
     losses = {
         "hybrid": partial(dj.hybrid_loss, weight=weight),
-        "mean_flow": lambda *args, t: adaptively_weighted(2 * dj.diffusion_loss(*args, t=t)),
         **{name: partial(dj.diffusion_loss, loss_type=name, weight=weight) for name in ("l2", "l1")},
     }
     # the bound within the hybrid loss is right for uniform t only
@@ -83,21 +93,24 @@ def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
     return loss_fn
 
 
-def make_mean_flow_loss(config: Config) -> Callable:
-    """As `make_loss`, for averages between two uniform times t > s, and for a fraction of the examples for the velocity."""
+def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule, averages: bool) -> Callable:
+    """As `make_loss`. t is the larger of two uniform times; s is t, or with `averages`, for most examples, the smaller one."""
     steps = config.num_timesteps
 
     def loss_fn(params, batch, keys):
         (images, labels), u = batch
-        x_0, kept = to_model_input(images), with_dropout(labels, keys, config.label_dropout)
+        x_0 = to_model_input(images)
+        network = two_times(config, params, with_dropout(labels, keys, config.label_dropout))
         first, second = (1 + jnp.floor(steps * v) for v in (u if config.stratified else uniform(keys, 3), uniform(keys, 4)))
         t = jnp.maximum(first, second)
-        s = jnp.where(uniform(keys, 5) < INSTANTANEOUS, t, jnp.minimum(first, second) - 1)
         eps = jax.vmap(lambda key: jax.random.normal(key, IMAGE_SHAPE, jnp.float32))(keys)
+        if not averages:
+            return adaptively_weighted(2 * dj.loss_at(schedule, lambda x_t, t: network(x_t, t, t), x_0, t, eps, "pred_u"))
+        s = jnp.where(uniform(keys, 5) < INSTANTANEOUS, t, jnp.minimum(first, second) - 1)
         velocity = None
         if config.training_guidance != 1:
             velocity = guided_velocity(two_times(config, params, None), config.training_guidance)
-        return mean_flow_loss(steps, two_times(config, params, kept), x_0, t, s, eps, velocity)
+        return mean_flow_loss(steps, network, x_0, t, s, eps, velocity)
 
     return loss_fn
 
@@ -118,7 +131,9 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
     The first half of the steps of a mean_flow run trains the velocity alone, which the averages then start from.
     """
     arrays = data.images, data.labels.astype(np.int32)
-    losses = [make_loss(config, schedule), *([make_mean_flow_loss(config)] if config.loss_type == "mean_flow" else [])]
+    losses = [make_loss(config, schedule)]
+    if config.loss_type == "mean_flow":
+        losses = [make_mean_flow_loss(config, schedule, averages) for averages in (False, True)]
     steps = [batches.make_step(loss, arrays, key, config.seed, config.batch_size, config.ema_decay) for loss in losses]
     return lambda state, number: steps[len(steps) * number // config.iterations](state, number)
 
