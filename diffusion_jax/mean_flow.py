@@ -46,8 +46,9 @@ def mean_flow_loss(
     t, s = (time.astype(jnp.promote_types(x_0.dtype, jnp.float32)) for time in (t, s))
     x_t, v = q_sample(flow_schedule(num_timesteps), x_0, t, eps), eps - x_0
     if velocity is not None:
-        v = jax.lax.stop_gradient(velocity(x_t, t, v))
-    u, du_dt = jax.jvp(network, (x_t, t, s), (v / num_timesteps, jnp.ones_like(t), jnp.zeros_like(s)))
+        v = velocity(x_t, t, v)
+    along = (v / num_timesteps).astype(x_t.dtype)
+    u, du_dt = jax.jvp(network, (x_t, t, s), (along, jnp.ones_like(t), jnp.zeros_like(s)))
     check_shape("prediction", u, x_0)
     target = v - as_column(t - s, x_0.ndim) * du_dt
     return adaptively_weighted((u - jax.lax.stop_gradient(target)) ** 2, power)
@@ -69,15 +70,18 @@ def guided_velocity(network: Network, scale: float) -> Callable[[Array, Array, A
 
 
 def jumping(network: Network, table: SamplerTable) -> Predict:
-    """Make predict(x_t, t) = u(x_t, t, s), of target "pred_u", with s = a t and a from the row of `table` at t.
+    """predict(x_t, t) = u(x_t, t, s) with the target "pred_u", where the row of `table` at t leads to s.
 
-    With `ddim_table` on rectified flow, s is the table's next time, so a step is eq. 19. With `consistency_table`, s is 0, the
-    data. Do not clip x_0_hat unless s = 0.
+    The table is `ddim_table` with eta = 0 or `consistency_table`, on rectified flow. There s = a t: DDIM takes eq. 19 from each
+    time to the next, and a consistency step has a = 0, so it predicts the data. At other times than the table's the result is
+    NaN. Do not clip x_0_hat, which is an image only if s = 0.
     """
 
     def predict(x_t: Float[Array, "B *shape"], t: Real[Array, " B"]) -> Any:
-        at, a = (jnp.asarray(column, jnp.float32) for column in (table.t, table.a))
-        return network(x_t, t, t * jnp.max(jnp.where(at[None] == t[:, None], a[None], 0.0), axis=1))
+        at, a = (jnp.asarray(column, jnp.float32)[None] for column in (table.t, table.a))
+        here = at == t[:, None]
+        share = jnp.where(here.any(axis=1), jnp.where(here, a, 0.0).max(axis=1), jnp.nan)
+        return network(x_t, t, share * t)
 
     return predict
 

@@ -44,7 +44,7 @@ MEAN_FLOW_SAMPLERS = {"MeanFlow": partial(solver_table, "ddim"), "consistency": 
 @dataclasses.dataclass(frozen=True)
 class Config:
     workdir: str = "runs/mnist"
-    """Folder of the run, where samplers.json and samplers.png are written; or a file of export.py (results go here)."""
+    """Folder of the run, where samplers.json and samplers.png are written, or a file of export.py (then the current folder)."""
     checkpoint: Literal["newest", "best"] = "newest"
     """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None

@@ -40,8 +40,8 @@ SAMPLERS_FOR = {  # rounds of inpainting need the noise of the step; a way back 
 class Config:
     what: Literal["inpaint", "interpolate", "image-to-image"] = "inpaint"
     """Kind of edit."""
-    workdir: str = "runs/mnist"
-    """Folder of the run, or a file of export.py; if runs/mnist does not exist, the network that comes with the project."""
+    workdir: str | None = None
+    """Folder of the run, or a file of export.py. By default runs/mnist, or else the network that comes with the project."""
     checkpoint: Literal["newest", "best"] = "newest"
     """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None

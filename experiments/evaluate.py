@@ -35,7 +35,7 @@ FLOW_STEPS, FLOW_BATCH, CONVERGED = (32, 64, 128, 256, 512), 50, 0.01  # bits pe
 @dataclasses.dataclass(frozen=True)
 class Config:
     workdir: str = "runs/mnist"
-    """Folder of the run, where evaluation.json and bound.png are written; or a file of export.py (results go here)."""
+    """Folder of the run, where evaluation.json and bound.png are written, or a file of export.py (then the current folder)."""
     checkpoint: Literal["newest", "best"] = "newest"
     """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None

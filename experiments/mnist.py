@@ -41,12 +41,13 @@ def main() -> None:
             preview_table = model.default_table(config, schedule, min(50, config.num_timesteps))
             init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
             state = model.initial_state(config, init_key)
-            state = started_from(Path(config.init), state) if config.init else state
         data = in_turn(lambda: load_dataset(config.dataset, config.data_dir))
         config = dataclasses.replace(config, dataset=data.name)
         check_same_everywhere("options and data", fingerprint(config, data))
         with failing_together():
             workdir = open_workdir(config, MAY_DIFFER) if is_first_process() else Path(config.workdir)
+            if config.init and is_first_process() and not any((workdir / "checkpoints").glob("[0-9]*")):
+                state = started_from(Path(config.init), config, state)  # the loop gives it to the other processes
     if is_first_process():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
@@ -57,7 +58,7 @@ def main() -> None:
     def preview(state: dj.TrainState) -> np.ndarray:
         return grid(sampler(state.ema_params, preview_table, sample_key, labels))
 
-    state = train_in(workdir, config, state, step, preview)
+    state = train_in(workdir, config, state, step, preview, model.first_average(config))
     path = model.make_sampler(config, schedule, dj.sample_trajectory)(state.ema_params, table, sample_key, labels)
     with one_line_if_unwritable(workdir), failing_together():
         if is_first_process():

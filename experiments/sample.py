@@ -22,8 +22,8 @@ from support.saved_run import Sampler, check_guidance, open_run, sampler_table
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    workdir: str = "runs/mnist"
-    """Folder of the run, or a file of export.py; if runs/mnist does not exist, the network that comes with the project."""
+    workdir: str | None = None
+    """Folder of the run, or a file of export.py. By default runs/mnist, or else the network that comes with the project."""
     checkpoint: Literal["newest", "best"] = "newest"
     """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     num_samples: int | None = None
@@ -35,7 +35,7 @@ class Config:
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default 20, or 4 for a mean_flow run, or T with --sampler ancestral."""
     sampler: Sampler | None = None
-    """Solver; by default unipc, or ddim for a mean_flow run. ancestral uses --sigma-type; dpm_solver is DPM-Solver++(2M)."""
+    """Solver; by default unipc, or ddim for a mean_flow run. dpm_solver is DPM-Solver++(2M)."""
     spacing: Spacing | None = None
     """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow; by default flow (unipc) or time."""
     eta: float = 0.0

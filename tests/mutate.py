@@ -134,36 +134,36 @@ def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
 
 def survives(mutant: Mutant) -> bool:
     """Run the tests of a mutant's module in a process of their own; whether all of them pass."""
-    process = PROCESSES.Process(target=run_tests, args=(mutant,))
-    process.start()
-    process.join(timeout=400)
-    if process.exitcode is None:  # a loop that never ends
-        process.kill()
-        process.join()
-        return False
-    if process.exitcode not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        raise RuntimeError(f"pytest could not run on {mutant.change}: exit status {process.exitcode}")
-    return process.exitcode == pytest.ExitCode.OK
-
-
-def run_tests(mutant: Mutant) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for part in ("diffusion_jax", "tests", "experiments"):
             shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         (Path(folder) / "diffusion_jax" / f"{mutant.module}.py").write_text(mutant.source)
-        os.chdir(folder)
-        sys.path.insert(0, folder)
-        os.environ["PYTHONPATH"] = folder
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            for suite in SUITES[mutant.module].split():
-                code = pytest.main(["-xqq", "-n0", "--no-header", "-p", "no:cacheprovider", f"tests/test_{suite}.py"])
-                if code == pytest.ExitCode.INTERRUPTED:  # the wrong formula stopped a test file at its import
-                    code = pytest.ExitCode.TESTS_FAILED
-                if code != pytest.ExitCode.OK:
-                    break
-        os.chdir(ROOT)
-    sys.exit(code)
+        process = PROCESSES.Process(target=run_tests, args=(folder, SUITES[mutant.module].split()))
+        process.start()
+        process.join(timeout=400)
+        if process.is_alive():  # a loop that never ends
+            process.kill()
+            process.join()
+            return False
+        result = Path(folder) / "result"
+        if not result.exists():
+            raise RuntimeError(f"pytest could not run on {mutant.change}")
+        return result.read_text() == "passed"
+
+
+def run_tests(folder: str, suites: list[str]) -> None:
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = folder
+    code = pytest.ExitCode.OK
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        for suite in suites:
+            code = pytest.main(["-xqq", "-n0", "--no-header", "-p", "no:cacheprovider", f"tests/test_{suite}.py"])
+            if code != pytest.ExitCode.OK:
+                break
+    if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):  # the last: a file's import
+        Path("result").write_text("passed" if code == pytest.ExitCode.OK else "failed")
 
 
 def main() -> None:

@@ -70,6 +70,21 @@ def test_sample_writes_a_grid(trained, tmp_path):
     assert Image.open(tmp_path / "grid.PNG").size == (96, 96)
 
 
+@pytest.mark.slow
+def test_a_network_goes_to_a_file_and_into_another_run(trained, tmp_path):
+    file, tuned = tmp_path / "net.safetensors", tmp_path / "tuned"
+    assert "step 8 of 8" in run("export.py", "--workdir", trained, "--out", file)
+    for number, place in enumerate((trained, file)):
+        run("sample.py", "--workdir", place, "--num-samples", "3", "--out", tmp_path / f"{number}.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy"))
+    command = ["mnist.py", *TINY, "--init", file, "--workdir", tuned]
+    run(*command)
+    first = [float((place / "metrics.csv").read_text().splitlines()[1].split(",")[1]) for place in (trained, tuned)]
+    assert first[1] < first[0]
+    file.unlink()
+    assert "resuming" in run(*command)
+
+
 LEARNED = ["--sigma-type", "learned", "--loss-type", "hybrid", "--target-type", "pred_v"]
 
 

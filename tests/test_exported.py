@@ -54,9 +54,9 @@ def test_the_ways_to_read_it_that_the_docs_show(tmp_path, params, monkeypatch):
     exec(with_numpy, names)
     np.testing.assert_array_equal(names["kernel"], params["down_0_block_1"]["conv_1"]["kernel"])
     exec(with_jax, names)
-    x_t, t = np.zeros((1, 32, 32, 1), np.float32), np.ones(1)
-    expected = model.make_network(CONFIG).apply({"params": params}, x_t, t)
-    np.testing.assert_array_equal(names["x_0_hat"], expected)
+    x_t, t = jax.numpy.zeros((1, 32, 32, 1)), jax.numpy.ones(1)
+    expected = model.make_network(CONFIG).apply({"params": jax.device_put(params)}, x_t, t)
+    np.testing.assert_array_equal(names["prediction"], expected)
 
 
 def test_bfloat16_keeps_the_upper_half_of_each_number(tmp_path, params):
@@ -79,12 +79,20 @@ def test_a_file_and_its_run_draw_the_same_samples(tmp_path, params):
 def test_a_run_may_start_from_a_file(tmp_path, params):
     file = tmp_path / "net.safetensors"
     write_model(file, CONFIG, params, 7, np.float32)
-    state = started_from(file, model.initial_state(CONFIG, jax.random.key(0)))
+    state = started_from(file, CONFIG, model.initial_state(CONFIG, jax.random.key(0)))
     equal(state.params, params)
     equal(state.ema_params, params)
     assert int(state.step) == 0
     shared = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.params)}
     assert not shared & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.ema_params)}  # both are donated
+
+
+def test_a_run_does_not_start_from_a_network_with_another_target(tmp_path, params):
+    file = tmp_path / "net.safetensors"
+    write_model(file, CONFIG, params, 7, np.float32)
+    config = dataclasses.replace(CONFIG, target_type="pred_v")
+    with pytest.raises(ValueError, match=r"--init must be a network with this run's target_type pred_v, and .* has pred_x_0"):
+        started_from(file, config, model.initial_state(config, jax.random.key(0)))
 
 
 def test_options_that_are_newer_than_the_file_have_the_value_that_describes_it(tmp_path, params):
@@ -100,7 +108,7 @@ def test_the_network_that_comes_with_the_project_draws_the_digits_that_are_asked
     """To scikit-learn's digits, which are written in other hands: of MNIST's own, their neighbors recognize 60 percent."""
     monkeypatch.chdir(tmp_path)
     assert TRAINED.stat().st_size <= 3e6
-    run, labels = open_run("runs/mnist"), np.arange(100) % 10
+    run, labels = open_run(None), np.arange(100) % 10
     table = solver_table("unipc", run.schedule, 10)
     samples = run.draw(run.restore("newest").ema_params, table, jax.random.key(0), labels, guidance_scale=2.0)
     data = load_digits()
@@ -126,6 +134,8 @@ def as_in_scikit_learn(image: np.ndarray) -> np.ndarray:
         (b"", "header"),
         (b"no tensors at all", "header"),
         (struct.pack("<Q", 2) + b"{}", "has no options in it"),
+        (safetensors.numpy.save({}, {"config": "[]", "step": "1"}), r"has no options but \[\]"),
+        (safetensors.numpy.save({}, {"config": "{", "step": "1"}), "has damaged options"),
     ],
 )
 def test_another_file_is_refused_in_one_line(tmp_path, content, said):
@@ -140,10 +150,10 @@ def test_another_file_is_refused_in_one_line(tmp_path, content, said):
 def test_a_network_that_is_not_that_of_its_options_is_refused(tmp_path, params):
     file = tmp_path / "net.safetensors"
     write_model(file, dataclasses.replace(CONFIG, embed_dim=8), params, 7, np.float32)
-    with pytest.raises(ValueError, match=r"net.safetensors does not fit the options of the run, which say \S+ \(.*\)"):
+    with pytest.raises(ValueError, match=r"net.safetensors has \S+ \(.*\), and the options of the run say \(.*\)"):
         open_run(str(file)).restore("newest")
     write_model(file, CONFIG, {name: x for name, x in params.items() if name != "stem"}, 7, np.float32)
-    with pytest.raises(ValueError, match="which say stem/"):
+    with pytest.raises(ValueError, match=r"net.safetensors has stem/\S+ no such parameter, and the options of the run say \("):
         open_run(str(file)).restore("newest")
 
 

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 import diffusion_jax as dj
 
@@ -117,7 +116,6 @@ def test_the_loss_has_the_gradient_of_its_prediction_alone():
     x_t = (1 - t[:, None] / T) * x_0 + t[:, None] / T * eps
     target = v - (t - s)[:, None] * (0.7 * t[:, None] * v / T + 0.7 * x_t)
     np.testing.assert_allclose(jax.grad(loss)(0.7, None), jax.grad(loss)(0.7, target), rtol=1e-5)
-    check_grads(lambda w: loss(w, target), (0.7,), 1, ["rev"], rtol=1e-2)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
@@ -130,6 +128,17 @@ def test_the_weight_is_of_the_gradient_and_not_of_the_value(power):
     values, gradients = each(0.7, 0.0), jax.jacrev(each)(0.7, 0.0)
     np.testing.assert_allclose(each(0.7, power), values, rtol=1e-6)
     np.testing.assert_allclose(jax.jacrev(each)(0.7, power), gradients / (values + 1e-3) ** power, rtol=1e-5)
+
+
+def test_other_times_than_the_tables_give_nan():
+    predict = dj.jumping(lambda x_t, t, s: x_t + s[:, None], dj.ddim_table(FLOW, 0.0, 2))
+    np.testing.assert_array_equal(predict(jnp.zeros((3, 1)), jnp.array([8.0, 4.0, 5.0])), [[4.0], [0.0], [np.nan]])
+
+
+def test_bfloat16_data_give_a_float32_loss():
+    x_0, t = jnp.ones((2, 3), jnp.bfloat16), jnp.array([5.0, 8.0])
+    loss = dj.mean_flow_loss(T, lambda x_t, t, s: 0.5 * x_t, x_0, t, 0 * t, jnp.ones((2, 3)))
+    assert loss.dtype == jnp.float32
 
 
 def test_a_prediction_of_another_shape_is_refused():

@@ -67,7 +67,7 @@ class Diffusion:
     time_input: Literal["t", "log_snr"] = "t"
     """Time input of the network. With log_snr it can also sample on other paths (from Python)."""
     time_density: TimeDensity = "uniform"
-    """Distribution of t in training with l2 and l1 losses; hybrid and bound have their own."""
+    """Distribution of t in training with l2 and l1 losses; other losses have their own."""
     stratified: bool = False
     """Stratify t over each batch."""
     sigma_type: SigmaType = "upper_bound"
@@ -170,9 +170,9 @@ def check(config: Config) -> None:
     require(bounded, "target_type", config.target_type, "other than pred_v with ve, where it grows with the noise")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")
     if config.loss_type == "mean_flow":
-        wanted = {"noise_schedule_type": "flow", "target_type": "pred_u", "loss_weighting": "none"}
+        wanted = {"noise_schedule_type": "flow", "target_type": "pred_u", "loss_weighting": "none", "time_input": "t"}
         for name, value in wanted.items():
             require(getattr(config, name) == value, name, getattr(config, name), f"{value} with --loss-type mean_flow")
-    guided = config.training_guidance != 1
-    allowed = config.conditional and config.loss_type == "mean_flow"
-    require(allowed or not guided, "training_guidance", config.training_guidance, "1 unless --conditional and of mean_flow")
+    guided, allowed = config.training_guidance != 1, config.conditional and config.loss_type == "mean_flow"
+    wanted = "1 without --conditional and --loss-type mean_flow"
+    require(allowed or not guided, "training_guidance", config.training_guidance, wanted)

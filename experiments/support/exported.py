@@ -16,6 +16,8 @@ from safetensors.flax import save
 from diffusion_jax.training import TrainState
 
 SUFFIX = ".safetensors"
+NEEDED = "a trained network must be in a file of experiments/export.py"
+SAME = ("target_type", "noise_schedule_type", "num_timesteps", "time_input")
 
 
 def write_model(file: Path, config: Any, params: PyTree, step: int, dtype: DTypeLike) -> None:
@@ -26,16 +28,29 @@ def write_model(file: Path, config: Any, params: PyTree, step: int, dtype: DType
     new.replace(file)
 
 
-def started_from(file: Path, state: TrainState) -> TrainState:
-    """The state before the first step, with the parameters in the file. Raises ValueError as the two functions below do."""
-    read_options(file)
+def started_from(file: Path, config: Any, state: TrainState) -> TrainState:
+    """The state before the first step, with the parameters in the file.
+
+    Raises ValueError as the two functions below do, and unless the network there had the same inputs and target.
+    """
+    options = read_options(file)
+    for name in SAME:
+        theirs, wanted = options.get(name), getattr(config, name)
+        if theirs != wanted:
+            raise ValueError(f"--init must be a network with this run's {name} {wanted}, and {file} has {theirs}")
     params = jax.tree.map(jnp.asarray, read_params(file, state.params)[0])
     return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
 def read_options(file: Path) -> dict[str, Any]:
     """The options of the run, as they were written. Raises ValueError if the file is not one of `write_model`."""
-    return json.loads(_metadata(file)["config"])
+    try:
+        options = json.loads(_metadata(file)["config"])
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{NEEDED}; {file} has damaged options ({problem})") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"{NEEDED}; {file} has no options but {options!r:.50}")
+    return options
 
 
 def read_params(file: Path, like: PyTree) -> tuple[PyTree, int]:
@@ -46,7 +61,8 @@ def read_params(file: Path, like: PyTree) -> tuple[PyTree, int]:
     shapes = [{name: x.shape for name, x in arrays.items()} for arrays in (found, wanted)]
     for name, shape in {**shapes[1], **shapes[0]}.items():
         if not shapes[0].get(name) == shape == shapes[1].get(name):
-            raise ValueError(f"{file} does not fit the options of the run, which say {name} {shapes[1].get(name)}")
+            theirs, wanted_shape = (by_name.get(name, "no such parameter") for by_name in shapes)
+            raise ValueError(f"{file} has {name} {theirs}, and the options of the run say {wanted_shape}")
     params = {name: x.astype(wanted[name].dtype) for name, x in found.items()}
     return unflatten_dict(params, sep="/"), int(_metadata(file)["step"])
 
@@ -56,7 +72,7 @@ def _metadata(file: Path) -> dict[str, str]:
         with safe_open(file, "flax") as tensors:
             metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as problem:
-        raise ValueError(f"a trained network must be in a file of experiments/export.py; {file}: {problem}") from None
+        raise ValueError(f"{NEEDED}; {file}: {problem}") from None
     if not {"config", "step"} <= set(metadata):
-        raise ValueError(f"a trained network must be in a file of experiments/export.py; {file} has no options in it")
+        raise ValueError(f"{NEEDED}; {file} has no options in it")
     return metadata

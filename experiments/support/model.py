@@ -14,6 +14,7 @@ import diffusion_jax as dj
 from diffusion_jax.diffusion import Denoise, Predict
 from diffusion_jax.losses import draw_times, time_density
 from diffusion_jax.mean_flow import adaptively_weighted, guided_velocity, jumping, mean_flow_loss
+from diffusion_jax.training import replicate
 from support import batches
 from support.config import Config
 from support.data import ImageData, to_model_input
@@ -130,12 +131,17 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
 
     The first half of the steps of a mean_flow run trains the velocity alone, which the averages then start from.
     """
-    arrays = data.images, data.labels.astype(np.int32)
+    arrays = replicate((data.images, data.labels.astype(np.int32)), jax.devices())
     losses = [make_loss(config, schedule)]
     if config.loss_type == "mean_flow":
         losses = [make_mean_flow_loss(config, schedule, averages) for averages in (False, True)]
     steps = [batches.make_step(loss, arrays, key, config.seed, config.batch_size, config.ema_decay) for loss in losses]
-    return lambda state, number: steps[len(steps) * number // config.iterations](state, number)
+    return lambda state, number: steps[-1 if number >= first_average(config) else 0](state, number)
+
+
+def first_average(config: Config) -> int:
+    """The first step that trains averages in a mean_flow run; those before it train the velocity. 0 for other runs."""
+    return config.iterations // 2 if config.loss_type == "mean_flow" else 0
 
 
 def apply_to(
@@ -197,7 +203,8 @@ def make_sampler(
     def draw(params, table, key, examples, labels):
         jumps = table if config.loss_type == "mean_flow" else None
         denoise = make_denoiser(config, schedule, params, labels, guidance_scale, jumps)
-        return sample_fn(denoise, table, dj.example_keys(key, examples), IMAGE_SHAPE)
+        samples = sample_fn(denoise, table, dj.example_keys(key, examples), IMAGE_SHAPE)
+        return samples if whole_path else jnp.clip(samples, -1, 1)
 
     axis = 1 if whole_path else 0
     compiled = dj.over_devices(draw, (None, None, None, 0, 0), axis, devices)

@@ -49,6 +49,7 @@ class SavedRun(NamedTuple):
     def restore(self, checkpoint: str) -> dj.TrainState:
         """The state at the "newest" or "best" checkpoint, or that of the file. Raises ValueError if there is none."""
         if is_file(self.workdir):
+            require(checkpoint == "newest", "checkpoint", checkpoint, "newest for a file, which holds one")
             state = model.initial_state(self.config, random_key(0))
             params, step = read_params(Path(self.workdir), state.params)
             return state.replace(params=params, ema_params=params, step=step)
@@ -79,35 +80,34 @@ class SavedRun(NamedTuple):
         return np.concatenate(samples)[:count]
 
 
-def open_run(workdir: str) -> SavedRun:
+def open_run(workdir: str | None) -> SavedRun:
     """The run of mnist.py in `workdir`, or the network in that file. Raises ValueError if it holds another run, or none.
 
-    The default folder, where nothing has been trained in it, stands for the network that comes with the project.
+    By default that of `mnist.py`, or else the network that comes with the project.
     """
-    if workdir == DEFAULT_WORKDIR and not Path(workdir).exists():
-        workdir = str(TRAINED)
-        print(f"{DEFAULT_WORKDIR} does not exist: using {TRAINED.name}, which comes with the project", file=sys.stderr)
+    if workdir is None:
+        workdir = DEFAULT_WORKDIR if Path(DEFAULT_WORKDIR).exists() else str(TRAINED)
+        print(f"using the network in {workdir}", file=sys.stderr)
     names = {field.name for field in dataclasses.fields(Config)}
     saved = with_added(read_options(Path(workdir)), names) if is_file(workdir) else read_config(workdir, names)
+    source = workdir if is_file(workdir) else f"{workdir}/config.json"
     if set(saved) != names:
         odd = ", ".join(sorted(set(saved) ^ names))
-        raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {workdir}/config.json differs in {odd}")
+        raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {source} differs in {odd}")
     saved: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     for name, hint in get_type_hints(Config).items():
         if not is_bearable(saved[name], hint):
-            raise ValueError(
-                f"--workdir must hold a run of experiments/mnist.py; {workdir}/config.json has {name} {saved[name]}"
-            )
+            raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {source} has {name} {saved[name]}")
     config = Config(**saved)
     try:
         check(config)
     except ValueError as problem:
-        raise ValueError(f"--workdir must hold a run of experiments/mnist.py; in {workdir}/config.json {problem}") from None
+        raise ValueError(f"--workdir must hold a run of experiments/mnist.py; in {source} {problem}") from None
     return SavedRun(workdir, config, model.make_schedule(config))
 
 
 def is_file(workdir: str) -> bool:
-    return workdir.endswith(SUFFIX)
+    return str(workdir).lower().endswith(SUFFIX)
 
 
 def solver_table(
@@ -144,8 +144,9 @@ def solver_table(
 def sampler_table(config: Any, run: SavedRun) -> dj.SamplerTable:
     """The table for the options sampler, spacing, eta and sampling_timesteps."""
     few_calls, sampler = run.config.loss_type == "mean_flow", config.sampler or run.default_sampler
-    jumps = sampler in ("ddim", "consistency") and config.eta == 0
-    require(jumps or not few_calls, "sampler", sampler, "ddim without --eta, or consistency, for a mean_flow run")
+    jumps = sampler in ("ddim", "consistency")
+    require(jumps or not few_calls, "sampler", sampler, "ddim or consistency for a mean_flow run")
+    require(not few_calls or config.eta == 0, "eta", config.eta, "0 for a mean_flow run")
     require(0 <= config.eta <= 1, "eta", config.eta, "between 0 and 1")
     takes_eta = sampler in ("ddim", "dpm_solver", "dpm_solver_3m")
     require(takes_eta or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim, dpm_solver or dpm_solver_3m")
