@@ -173,7 +173,7 @@ def samples(bench: Bench) -> None:
     """Samples of the recipe's network, with 50 calls."""
     if "recipe" not in bench.results:
         raise RuntimeError("there is no recipe to draw from")
-    count = ["--sampling-timesteps", 50, "--num-samples", bench.options.num_samples]
+    count = ["--sampler", "ancestral", "--sampling-timesteps", 50, "--num-samples", bench.options.num_samples]
     seconds = bench.run("sample.py", "--workdir", bench.scratch / "recipe", *count, "--out", bench.out / "samples.npy")
     bench.results["recipe"] |= {"samples": bench.options.num_samples, "seconds of sampling": seconds}
 
