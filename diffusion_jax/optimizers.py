@@ -5,7 +5,6 @@ Newton-Schulz steps X <- X (a I + b X^T X + c (X^T X)^2) map the singular values
 Each step multiplies X by a polynomial in X^T X, so the code iterates the small matrix X^T X and multiplies X only once.
 """
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -19,40 +18,30 @@ RMS = 0.2  # of an update before the learning rate; about Adam's, so both can sh
 ADAM_LAYERS = ("stem", "out")
 
 
-def cosine_decay(learning_rate: float, iterations: int, warmup: int = 0, cycles: int = 1) -> optax.Schedule:
+def cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.Schedule:
     """Linear warmup from 0 in `warmup` steps (at most half of `iterations`), then cosine decay to 0 at step `iterations`.
 
-    `cycles` divides the iterations into that many equal parts, each with a warmup and a decay of its own [Loshchilov & Hutter
-    2017], from half the learning rate of the part before. Raises ValueError on a negative `warmup` or no cycle.
+    Raises ValueError on a negative `warmup`.
     """
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0, got {warmup}")
-    if not 1 <= cycles <= iterations:
-        raise ValueError(f"cycles must be between 1 and iterations = {iterations}, got {cycles}")
-    starts = [iterations * cycle // cycles for cycle in range(cycles + 1)]
-    parts = []
-    for cycle, (start, end) in enumerate(pairwise(starts)):
-        rising = min(warmup, (end - start) // 2)
-        first = 0.0 if rising else learning_rate / 2**cycle
-        parts.append(optax.warmup_cosine_decay_schedule(first, learning_rate / 2**cycle, rising, end - start))
-    return optax.join_schedules(parts, starts[1:-1])
+    warmup = min(warmup, iterations // 2)
+    if not warmup:
+        return optax.cosine_decay_schedule(learning_rate, iterations)
+    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, iterations)
 
 
-def adam_with_cosine_decay(
-    learning_rate: float, iterations: int, warmup: int = 0, cycles: int = 1
-) -> optax.GradientTransformation:
+def adam_with_cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.GradientTransformation:
     """Adam with the learning rate of `cosine_decay`."""
-    return optax.adam(cosine_decay(learning_rate, iterations, warmup, cycles))
+    return optax.adam(cosine_decay(learning_rate, iterations, warmup))
 
 
-def muon_with_cosine_decay(
-    learning_rate: float, iterations: int, warmup: int = 0, cycles: int = 1
-) -> optax.GradientTransformation:
+def muon_with_cosine_decay(learning_rate: float, iterations: int, warmup: int = 0) -> optax.GradientTransformation:
     """Muon for parameters named "kernel", Adam for all others and for the layers "stem" and "out"; both at one learning rate.
 
     "stem" and "out" are the first and last layers of `UNet` and `DiT`, at the top level of the parameters.
     """
-    schedule = cosine_decay(learning_rate, iterations, warmup, cycles)
+    schedule = cosine_decay(learning_rate, iterations, warmup)
     muon = optax.chain(scale_by_muon(), optax.scale_by_learning_rate(schedule))
     return optax.multi_transform({"muon": muon, "adam": optax.adam(schedule)}, _method_of_each)
 

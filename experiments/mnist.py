@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -75,8 +76,7 @@ def save_figures(workdir: Path, config: Config, data: ImageData, path: Float[np.
     wrote = ["figure.png", "denoising.gif"]
     if os.path.getsize(workdir / "metrics.csv"):  # otherwise all rows were lost, and the loop has warned
         metrics = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True, ndmin=1)
-        learning_rate = dj.cosine_decay(**model.learning_rate(config))
-        save_training_figure(workdir / "training.png", metrics, learning_rate)
+        save_training_figure(workdir / "training.png", metrics, partial(model.learning_rate, config))
         wrote.append("training.png")
     print(f"wrote {', '.join(wrote)} in {workdir}")
 

@@ -88,15 +88,6 @@ def test_the_warmup_is_linear_and_at_most_half_of_the_iterations(warmup, peak):
     np.testing.assert_allclose(rates[peak:], 0.05 * (1 + np.cos(np.pi * np.linspace(0, 1, 13 - peak))), atol=1e-7)
 
 
-def test_cycles_repeat_the_decay_from_half_the_rate():
-    two, one = (dj.cosine_decay(0.1, iterations, 3, cycles) for iterations, cycles in ((21, 2), (10, 1)))
-    np.testing.assert_allclose([two(step) for step in range(10)], [one(step) for step in range(10)], atol=1e-7)
-    second = dj.cosine_decay(0.05, 11, 3)
-    np.testing.assert_allclose([two(10 + step) for step in range(12)], [second(step) for step in range(12)], atol=1e-7)
-    with pytest.raises(ValueError, match="cycles must be between 1 and iterations = 4, got 5"):
-        dj.cosine_decay(0.1, 4, cycles=5)
-
-
 def test_adam_decays_along_a_half_cosine():
     optimizer = dj.adam_with_cosine_decay(0.1, 4)
     params = jnp.zeros(1)

@@ -67,7 +67,7 @@ class Diffusion:
     time_input: Literal["t", "log_snr"] = "t"
     """Time input of the network. With log_snr it can also sample on other paths (from Python)."""
     time_density: TimeDensity = "uniform"
-    """Distribution of t in training with l2 and l1 losses; other losses have their own."""
+    """Distribution of t with l2 and l1 losses, and of the velocity's t with mean_flow; other losses have their own."""
     stratified: bool = False
     """Stratify t over each batch."""
     sigma_type: SigmaType = "upper_bound"

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 import diffusion_jax as dj
@@ -54,19 +55,20 @@ def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
     network, second_time = make_network(config), {"s": jnp.zeros(1)} if config.loss_type == "mean_flow" else {}
     x_t, t = jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), jnp.ones(1, jnp.int32)
     params = jax.jit(network.init)(key, x_t, t, **second_time)["params"]
-    optimizer = OPTIMIZERS[config.optimizer](**learning_rate(config))
-    return dj.create_train_state(network.apply, params, optimizer)
+    return dj.create_train_state(network.apply, params, make_optimizer(config))
 
 
-def learning_rate(config: Config) -> dict[str, Any]:
-    """Arguments of `dj.cosine_decay`; one cycle for the velocity of a mean_flow run, and one for the averages."""
-    cycles = 2 if config.loss_type == "mean_flow" else 1
-    return {
-        "learning_rate": config.learning_rate,
-        "iterations": config.iterations,
-        "warmup": config.warmup,
-        "cycles": cycles,
-    }
+def make_optimizer(config: Config, averages: bool = False) -> optax.GradientTransformation:
+    """The run's optimizer. Each half of a mean_flow run has its own decay, the second from half the learning rate."""
+    rate = config.learning_rate / 2 if averages else config.learning_rate
+    return OPTIMIZERS[config.optimizer](rate, config.iterations - first_average(config), config.warmup)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate of a step."""
+    first = first_average(config)
+    decay = dj.cosine_decay(config.learning_rate, config.iterations - first, config.warmup)
+    return float(np.asarray(decay(step) if step < first or not first else decay(step - first) / 2))
 
 
 def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
@@ -95,14 +97,17 @@ def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
 
 
 def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule, averages: bool) -> Callable:
-    """As `make_loss`. t is the larger of two uniform times; s is t, or with `averages`, for most examples, the smaller one."""
-    steps = config.num_timesteps
+    """As `make_loss`. Of two times, t is the larger; s is t, or with `averages`, for most examples, the smaller one.
+
+    The times have the run's density, or with `averages` are uniform, since one call has to go all the way.
+    """
+    probabilities = time_density(schedule, "uniform" if averages else config.time_density)
 
     def loss_fn(params, batch, keys):
         (images, labels), u = batch
         x_0 = to_model_input(images)
         network = two_times(config, params, with_dropout(labels, keys, config.label_dropout))
-        first, second = (1 + jnp.floor(steps * v) for v in (u if config.stratified else uniform(keys, 3), uniform(keys, 4)))
+        first, second = (draw_times(probabilities, v) for v in (u if config.stratified else uniform(keys, 3), uniform(keys, 4)))
         t = jnp.maximum(first, second)
         eps = jax.vmap(lambda key: jax.random.normal(key, IMAGE_SHAPE, jnp.float32))(keys)
         if not averages:
@@ -111,7 +116,7 @@ def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule, averages: bo
         velocity = None
         if config.training_guidance != 1:
             velocity = guided_velocity(two_times(config, params, None), config.training_guidance)
-        return mean_flow_loss(steps, network, x_0, t, s, eps, velocity)
+        return mean_flow_loss(config.num_timesteps, network, x_0, t, s, eps, velocity)
 
     return loss_fn
 
@@ -129,14 +134,26 @@ def with_dropout(labels: Int[Array, " B"], keys: Key[Array, " B"], share: float)
 def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: Key[Array, ""]) -> Callable:
     """step(state, number) -> (state, metrics), on all devices; see `batches.make_step`.
 
-    The first half of the steps of a mean_flow run trains the velocity alone, which the averages then start from.
+    The first half of the steps of a mean_flow run trains the velocity alone. The averages start from there, with a new
+    optimizer state, since their gradients have another scale.
     """
     arrays = replicate((data.images, data.labels.astype(np.int32)), jax.devices())
-    losses = [make_loss(config, schedule)]
-    if config.loss_type == "mean_flow":
-        losses = [make_mean_flow_loss(config, schedule, averages) for averages in (False, True)]
-    steps = [batches.make_step(loss, arrays, key, config.seed, config.batch_size, config.ema_decay) for loss in losses]
-    return lambda state, number: steps[-1 if number >= first_average(config) else 0](state, number)
+
+    def step_of(loss):
+        return batches.make_step(loss, arrays, key, config.seed, config.batch_size, config.ema_decay)
+
+    if config.loss_type != "mean_flow":
+        return step_of(make_loss(config, schedule))
+    velocity_step, average_step = (step_of(make_mean_flow_loss(config, schedule, averages)) for averages in (False, True))
+    optimizer = make_optimizer(config, averages=True)
+
+    def step(state, number):
+        if number < first_average(config):
+            return velocity_step(state, number)
+        opt_state = optimizer.init(state.params) if number == first_average(config) else state.opt_state
+        return average_step(state.replace(tx=optimizer, opt_state=opt_state), number)
+
+    return step
 
 
 def first_average(config: Config) -> int:
