@@ -137,6 +137,7 @@ def as_in_scikit_learn(image: np.ndarray) -> np.ndarray:
         (safetensors.numpy.save({}, {"config": "[]", "step": "1"}), r"has no options but \[\]"),
         (safetensors.numpy.save({}, {"config": "{", "step": "1"}), "has damaged options"),
     ],
+    ids=["missing", "empty", "text", "no options", "options of another type", "damaged options"],
 )
 def test_another_file_is_refused_in_one_line(tmp_path, content, said):
     file = tmp_path / "net.safetensors"
