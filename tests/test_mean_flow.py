@@ -78,7 +78,7 @@ def test_another_velocity_takes_the_place_of_the_sampled_one():
 
 def test_guidance_mixes_in_the_velocity_without_the_class():
     velocity = dj.guided_velocity(lambda x_t, t, s: (10 * t + s)[:, None] + 0 * x_t, 3.0)
-    np.testing.assert_allclose(velocity(jnp.zeros((1, 1)), jnp.array([2.0]), jnp.array([[1.0]])), [[3 - 2 * 22]])
+    np.testing.assert_allclose(velocity(jnp.zeros((1, 1)), jnp.array([2.0]), jnp.array([[2.0]])), [[3 * 2 - 2 * 22]])
 
 
 @pytest.mark.parametrize("calls", [1, 2, 5, 8])
