@@ -19,8 +19,8 @@ import tyro
 
 PACKAGES = (  # what a GPU image with JAX, Flax and PyTorch may lack, and what those depend on
     "array_record", "beartype", "dm-tree", "docstring-parser", "einops", "etils", "google-crc32c", "googleapis-common-protos",
-    "immutabledict", "importlib_resources", "jaxtyping", "promise", "safetensors", "simple-parsing", "six", "tensorboardX", "tensorflow-datasets",
-    "tensorflow-metadata", "termcolor", "toml", "typeguard", "tyro",
+    "immutabledict", "importlib_resources", "jaxtyping", "promise", "safetensors", "simple-parsing", "six",
+    "tensorboardX", "tensorflow-datasets", "tensorflow-metadata", "termcolor", "toml", "typeguard", "tyro",
 )  # fmt: skip
 PURE = ("promise",)
 """Without a wheel on the index."""
