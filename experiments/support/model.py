@@ -29,8 +29,8 @@ SCHEDULES = {
     "ve": dj.variance_exploding_schedule,
 }
 OPTIMIZERS = {"adam": dj.adam_with_cosine_decay, "muon": dj.muon_with_cosine_decay}
-INSTANTANEOUS = 0.25
-LARGEST_TIME = 10.0  # that a network of two times is told, whose derivative by the time then stays moderate
+INSTANTANEOUS = 0.25  # fraction of examples with s = t while averages are trained
+LARGEST_TIME = 10.0  # the value of t = T for a network of two times; small, since the loss has the derivative by t
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

@@ -47,7 +47,7 @@ class SavedRun(NamedTuple):
         return most if sampler == "ancestral" else min(4 if self.config.loss_type == "mean_flow" else 20, most)
 
     def restore(self, checkpoint: str) -> dj.TrainState:
-        """The state at the "newest" or "best" checkpoint, or that of the file. Raises ValueError if there is none."""
+        """The state at the "newest" or "best" checkpoint. A file holds one state. Raises ValueError if there is none."""
         if is_file(self.workdir):
             require(checkpoint == "newest", "checkpoint", checkpoint, "newest for a file, which holds one")
             state = model.initial_state(self.config, random_key(0))
@@ -83,7 +83,7 @@ class SavedRun(NamedTuple):
 def open_run(workdir: str | None) -> SavedRun:
     """The run of mnist.py in `workdir`, or the network in that file. Raises ValueError if it holds another run, or none.
 
-    By default that of `mnist.py`, or else the network that comes with the project.
+    None means DEFAULT_WORKDIR, or if that does not exist, the network that comes with the project.
     """
     if workdir is None:
         workdir = DEFAULT_WORKDIR if Path(DEFAULT_WORKDIR).exists() else str(TRAINED)
