@@ -46,7 +46,8 @@ def test_the_wheel_holds_the_library_alone(archives):
 
 def test_the_source_archive_holds_all_that_the_wheel_needs(archives):
     (archive,) = archives.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
     assert names >= SOURCES | {"LICENSE", "README.md", "pyproject.toml"}
 
 
