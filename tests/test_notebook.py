@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 
@@ -62,3 +63,27 @@ def test_what_the_stop_button_stops_saves_first(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         names["run"]("long.py", watch=watch)
     assert (tmp_path / "saved").read_text() == "True"
+
+
+def test_the_address_is_asked_for_once_and_kept_once_it_was_cloned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells = nbformat.read(EXPERIMENTS / "mnist_colab.ipynb", as_version=4).cells
+    (source,) = [cell.source for cell in cells if "git" in cell.source and "clone" in cell.source]
+    answers, commands = iter(["https://wrong\n", " https://right "]), []
+
+    def run(command, **_):
+        commands.append(command)
+        if "https://wrong" in command:
+            raise subprocess.CalledProcessError(128, command)
+
+    def install():
+        exec(source, {"os": os, "KEEP_IN_DRIVE": True, "input": lambda _: next(answers)})
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(subprocess.CalledProcessError):
+        install()
+    install()
+    shutil.rmtree("diffusion_jax")  # as on a new machine
+    install()
+    addresses = [command[-2] for command in commands if command[:2] == ["git", "clone"]]
+    assert addresses == ["https://wrong", "https://right", "https://right"]
