@@ -66,7 +66,7 @@ def main() -> None:
             if any(run["config"] == saved for run in done):
                 continue
             samples, seconds = trained_samples(config, train, args.num_samples)
-            features, _ = describe(to_bytes(samples))
+            features, _ = describe(to_bytes(samples, test))
             distances = {space: frechet_distance(real[space], features[space]) for space in features}
             run = {"name": name, **budget, "config": saved, "seconds": seconds, "distances": distances}
             done.append(run)

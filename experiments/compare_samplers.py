@@ -17,11 +17,10 @@ import diffusion_jax as dj
 from diffusion_jax.sampling import Spacing
 from support import model
 from support.command_line import check_values, one_line_errors, parse_command_line, require
-from support.data import load_dataset
 from support.distances import frechet_distance
 from support.feature_spaces import feature_spaces
 from support.figures import save_curves
-from support.judging import to_bytes
+from support.judging import comparable, to_bytes
 from support.machine import prepare_machine, random_key
 from support.saved_run import open_run, solver_table
 from support.workdir import one_line_if_unwritable
@@ -48,7 +47,7 @@ class Config:
     checkpoint: Literal["newest", "best"] = "newest"
     """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None
-    """TFDS data directory; by default TFDS's own."""
+    """TFDS data directory, by default TFDS's own; for a run on a folder or file, where that is now."""
     num_samples: int = 2000
     """Number of generated images, and of training images to compare them with."""
     calls: tuple[int, ...] = (5, 10, 20, 50)
@@ -80,23 +79,24 @@ def main() -> None:
         }
         if config.all_steps:
             tables["ancestral, upper bound", num_timesteps] = dj.ancestral_table(run.schedule)
-        train, test = (load_dataset(run.config.dataset, config.data_dir, split) for split in ("train", "test"))
+        train, test = comparable(run.load("train", config.data_dir)), run.load("test", config.data_dir)
         state = run.restore(config.checkpoint)
-        describe, _ = feature_spaces(train, test)
+        judged = comparable(test)
+        describe, _ = feature_spaces(train, judged)
 
-    count = min(config.num_samples, len(train.images), len(test.images))
+    count = min(config.num_samples, len(train.images), len(judged.images))
     chosen = np.random.default_rng(config.seed).permutation(len(train.images))[:count]
     (real, _), labels = describe(train.images[chosen]), model.labels_in_turn(run.config, count)
 
     def compared(images: np.ndarray) -> dict[str, float]:
         return {space: frechet_distance(real[space], features) for space, features in describe(images)[0].items()}
 
-    floors = compared(test.images[:count])
+    floors = compared(judged.images[:count])
     curves: dict[str, dict[str, dict[int, float]]] = {space: {} for space in floors}
     print(f"{count} images, Frechet distances\n\n| sampler | calls | {' | '.join(floors)} |\n{'|---' * (2 + len(floors))}|")
     print(as_row("test images", "", floors))
     for (name, _), table in tables.items():
-        distances = compared(to_bytes(run.draw(state.ema_params, table, random_key(config.seed), labels)))
+        distances = compared(to_bytes(run.draw(state.ema_params, table, random_key(config.seed), labels), test))
         for space, distance in distances.items():
             curves[space].setdefault(name, {})[len(table.t)] = distance
         print(as_row(name, len(table.t), distances), flush=True)

@@ -22,7 +22,7 @@ import diffusion_jax as dj
 from diffusion_jax.sampling import Spacing
 from support import model
 from support.command_line import check_output, check_values, one_line_errors, parse_command_line, require
-from support.data import load_dataset, to_model_input
+from support.data import to_model_input
 from support.machine import prepare_machine, random_key
 from support.pictures import save_rows
 from support.saved_run import Sampler, SavedRun, open_run, solver_table
@@ -45,7 +45,7 @@ class Config:
     checkpoint: Literal["newest", "best"] = "newest"
     """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None
-    """TFDS data directory; by default TFDS's own."""
+    """TFDS data directory, by default TFDS's own; for a run on a folder or file, where that is now."""
     num_images: int = 6
     """Number of test images to edit."""
     sampling_timesteps: int | None = None
@@ -76,10 +76,10 @@ def main() -> None:
         table = solver_table(sampler, schedule, steps, config.spacing)
         enough = config.what != "image-to-image" or table.t.min() <= round(NOISE[0] * num_timesteps)
         require(enough, "sampling_timesteps", steps, "more for image-to-image, which begins a fifth of the way up")
-        images = load_dataset(run.config.dataset, config.data_dir, "test").images[: config.num_images + 1]
+        images = run.load("test", config.data_dir).images[: config.num_images + 1]
         params = run.restore(config.checkpoint).ema_params
 
-    x_0, key = to_model_input(jnp.asarray(images)), random_key(config.seed)
+    x_0, key = to_model_input(jnp.asarray(images), run.config.image_size), random_key(config.seed)
     edit = {"inpaint": inpaint, "interpolate": interpolate, "image-to-image": image_to_image}[config.what]
     columns = edit(make_draw(run, params, key), schedule, table, x_0, key)
     with one_line_errors():
@@ -93,7 +93,7 @@ def make_draw(run: SavedRun, params: PyTree, key: Array) -> Callable:
     @jax.jit
     def compiled(params, table, keys, start, known, given):
         denoise = dj.inpainting(model.make_denoiser(run.config, run.schedule, params), known, given)
-        return dj.sample(denoise, table, keys, model.IMAGE_SHAPE, start)
+        return dj.sample(denoise, table, keys, model.image_shape(run.config), start)
 
     def draw(table: dj.SamplerTable, count: int, start: Array | None = None, known: Any = 0.0, given: Any = False) -> Array:
         table = dj.padded(table, ROUNDS * run.config.num_timesteps)

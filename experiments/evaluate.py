@@ -21,10 +21,10 @@ import diffusion_jax as dj
 from diffusion_jax.sampling import Spacing
 from support import model
 from support.command_line import check_values, one_line_errors, parse_command_line, require
-from support.data import ImageData, load_dataset, to_model_input
+from support.data import ImageData, to_model_input
 from support.feature_spaces import feature_spaces
 from support.figures import save_bound_figure
-from support.judging import as_table, judge
+from support.judging import as_table, comparable, judge, to_bytes
 from support.machine import prepare_machine, random_key
 from support.saved_run import Sampler, SavedRun, check_guidance, open_run, sampler_table
 from support.workdir import one_line_if_unwritable
@@ -39,7 +39,7 @@ class Config:
     checkpoint: Literal["newest", "best"] = "newest"
     """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None
-    """TFDS data directory; by default TFDS's own."""
+    """TFDS data directory, by default TFDS's own; for a run on a folder or file, where that is now."""
     num_samples: int = 10_000
     """Number of generated, training and test images to compare (fewer if the data set has fewer)."""
     sampling_timesteps: int | None = None
@@ -51,7 +51,7 @@ class Config:
     eta: float = 0.0
     """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance scale, for conditional runs; their samples cycle through the ten classes."""
+    """Classifier-free guidance scale, for conditional runs; their samples cycle through the classes."""
     bound_images: int = 20
     """Test images for each t of the variational bound (ten times as many at t <= 10); 0 skips the bound."""
     likelihood_images: int = 0
@@ -69,17 +69,18 @@ def main() -> None:
         run = open_run(config.workdir)
         check_guidance(run, config.guidance_scale)
         table = sampler_table(config, run)
-        train, test = (load_dataset(run.config.dataset, config.data_dir, split) for split in ("train", "test"))
+        train, test = comparable(run.load("train", config.data_dir)), run.load("test", config.data_dir)
         state = run.restore(config.checkpoint)
-        count = min(config.num_samples, len(test.images), len(train.images))
-        describe, accuracy = feature_spaces(train, test)
+        judged = comparable(test)
+        count = min(config.num_samples, len(judged.images), len(train.images))
+        describe, accuracy = feature_spaces(train, judged)
 
     labels = model.labels_in_turn(run.config, count)
     samples = run.draw(state.ema_params, table, random_key(config.seed), labels, config.guidance_scale)
     results = {
         "step": int(state.step), "calls": len(table.t), "sampler": config.sampler or run.default_sampler, "eta": config.eta,
         "seed": config.seed, "guidance_scale": config.guidance_scale, "classifier_accuracy": accuracy,
-        **judge(samples, train, test, describe, config.seed, labels if run.config.conditional else None),
+        **judge(to_bytes(samples, test), train, judged, describe, config.seed, labels if run.config.conditional else None),
     }  # fmt: skip
     bits = None
     if config.bound_images:
@@ -98,9 +99,9 @@ def main() -> None:
 
 
 def bound(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> tuple[Float[np.ndarray, " T+1"], float]:
-    """The terms L_0, ..., L_T of the variational bound and the standard error of their sum, in bits per dimension (28x28).
+    """The terms L_0, ..., L_T of the variational bound and the standard error of their sum, in bits per dimension.
 
-    Each term is estimated on test images drawn for it; conditional runs are given the class.
+    The padding is no dimension. Each term is estimated on test images drawn for it; conditional runs are given the class.
     """
     options, schedule = run.config, run.schedule
     sigma_type = "lower_bound" if options.sigma_type == "zero" else options.sigma_type
@@ -108,7 +109,7 @@ def bound(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> tup
 
     @jax.jit
     def term(params, images, labels, t, key):
-        x_0, denoise = to_model_input(images), model.make_denoiser(options, schedule, params, labels)
+        x_0, denoise = to_model_input(images, options.image_size), model.make_denoiser(options, schedule, params, labels)
         eps = jax.random.normal(key, x_0.shape, x_0.dtype)
         return dj.bound_bits(schedule, denoise, x_0, jnp.full(len(x_0), t), eps, sigma_type)
 
@@ -116,13 +117,13 @@ def bound(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> tup
     for t in tqdm(range(1, schedule.num_timesteps + 1), "bound", unit="t"):
         chosen = rng.integers(len(data.images), size=config.bound_images * (10 if t <= 10 else 1))
         terms.append(term(params, data.images[chosen], data.labels[chosen], t, jax.random.fold_in(key, t)))
-    prior = dj.prior_bits(schedule, to_model_input(jnp.asarray(data.images[:1000])))
+    prior = dj.prior_bits(schedule, to_model_input(jnp.asarray(data.images[:1000]), options.image_size))
     terms = [np.asarray(bits, np.float64) / data.images[0].size for bits in (*terms, prior)]
     return np.array([bits.mean() for bits in terms]), float(np.sqrt(sum(bits.var(ddof=1) / len(bits) for bits in terms)))
 
 
 def exact_likelihood(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> dict[str, Any]:
-    """Bits per dimension of 28x28 pixels by the probability flow; the number of steps doubles until two results agree.
+    """Bits per dimension (without padding) by the probability flow; the number of steps doubles until two results agree.
 
     Without two that agree to within CONVERGED, flow_bits_per_dim is None and a line says so. Given the class in a conditional
     run.
@@ -134,7 +135,7 @@ def exact_likelihood(config: Config, run: SavedRun, params: PyTree, data: ImageD
     def bits(params, images, labels, keys, num_steps):
         predict = model.apply_to(run.config, run.schedule, params, labels)
         denoise = dj.make_denoiser(run.schedule, predict, run.config.target_type)  # a clipped x_0_hat has no density
-        return dj.flow_bits(run.schedule, denoise, to_model_input(images), keys, num_steps, probes=1)
+        return dj.flow_bits(run.schedule, denoise, to_model_input(images, run.config.image_size), keys, num_steps, probes=1)
 
     curve: dict[int, float] = {}
     for num_steps in tqdm(FLOW_STEPS, "likelihood", unit="curve point"):

@@ -1,7 +1,8 @@
-"""Train DDPM on MNIST, then draw real digits beside samples on their way from noise to digit.
+"""Train DDPM on MNIST or other images, then draw real ones beside samples on their way from noise to image.
 
-python experiments/mnist.py                   # sized for this machine
-python experiments/mnist.py --preset paper    # the published recipe
+python experiments/mnist.py                         # sized for this machine
+python experiments/mnist.py --preset paper          # the published recipe
+python experiments/mnist.py --dataset ~/pictures    # a folder of your own, also a .npy, .npz or data set of TFDS
 """
 
 import support.terminal  # isort: skip  # noqa: F401
@@ -20,10 +21,12 @@ from jaxtyping import Float
 
 import diffusion_jax as dj
 from support import model
+from support.arrays import checksum
 from support.command_line import one_line_errors
-from support.config import MAY_DIFFER, Config, parse_run
+from support.config import MAY_DIFFER, Config, described_by, parse_run
 from support.data import ImageData, load_dataset, to_model_input
 from support.exported import started_from
+from support.image_folder import check_apart
 from support.loop import train_in
 from support.machine import prepare_machine, random_key
 from support.pictures import grid, save_animation
@@ -40,13 +43,18 @@ def main() -> None:
             schedule = model.make_schedule(config)
             table = model.default_table(config, schedule, config.sampling_timesteps)
             preview_table = model.default_table(config, schedule, min(50, config.num_timesteps))
+        data = in_turn(lambda: load_dataset(config.dataset, config.data_dir, "train", config.image_size, config.channels))
+        with failing_together():
+            config = described_by(config, data)
+            if config.images is not None and Path(config.dataset).is_dir():
+                check_apart(Path(config.dataset), Path(config.workdir))
             init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
             state = model.initial_state(config, init_key)
-        data = in_turn(lambda: load_dataset(config.dataset, config.data_dir))
-        config = dataclasses.replace(config, dataset=data.name)
         check_same_everywhere("options and data", fingerprint(config, data))
         with failing_together():
-            workdir = open_workdir(config, MAY_DIFFER) if is_first_process() else Path(config.workdir)
+            more = {"num_classes": config.num_classes, "images": config.images}
+            moved = set() if config.images is None else {"dataset"}  # the same images may be elsewhere now
+            workdir = open_workdir(config, MAY_DIFFER | moved, **more) if is_first_process() else Path(config.workdir)
             if config.init and is_first_process() and not any((workdir / "checkpoints").glob("[0-9]*")):
                 state = started_from(Path(config.init), config, state)  # the loop gives it to the other processes
     if is_first_process():
@@ -66,11 +74,11 @@ def main() -> None:
             save_figures(workdir, config, data, path)
 
 
-def save_figures(workdir: Path, config: Config, data: ImageData, path: Float[np.ndarray, "S N 32 32 1"]) -> None:
+def save_figures(workdir: Path, config: Config, data: ImageData, path: Float[np.ndarray, "S N H W C"]) -> None:
     """Write figure.png, denoising.gif and training.png."""
     from support.figures import save_noise_figure, save_training_figure  # matplotlib would delay the first step
 
-    real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples])))
+    real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples]), config.image_size))
     save_noise_figure(workdir / "figure.png", real, path)
     save_animation(workdir / "denoising.gif", path)
     wrote = ["figure.png", "denoising.gif"]
@@ -84,7 +92,8 @@ def save_figures(workdir: Path, config: Config, data: ImageData, path: Float[np.
 def fingerprint(config: Config, data: ImageData) -> int:
     """A checksum of the options and the data, which all processes of a run must share."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in {"workdir", "data_dir"}}
-    return zlib.crc32(repr(options).encode() + data.images.tobytes() + data.labels.tobytes()) >> 1
+    of_data = checksum(np.asarray(data.images), data.labels) if config.images is None else config.images
+    return zlib.crc32(repr(options).encode(), of_data) >> 1
 
 
 if __name__ == "__main__":

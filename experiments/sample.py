@@ -43,7 +43,7 @@ class Config:
     seed: int = 0
     """Random seed."""
     out: str = "samples.png"
-    """Output file: .png for a grid, .npy for float32 [N, 32, 32, 1] in [-1, 1]."""
+    """Output file: .png for a grid, .npy for float32 [N, H, W, C] in [-1, 1]."""
 
 
 def main() -> None:
@@ -53,10 +53,10 @@ def main() -> None:
         out = Path(config.out)
         count = (len(config.labels) or 64) if config.num_samples is None else config.num_samples
         check_values(config)
-        for label in config.labels:
-            require(0 <= label < model.NUM_CLASSES, "labels", label, f"between 0 and {model.NUM_CLASSES - 1}")
         check_output(out, ".png", ".npy")
         run = open_run(config.workdir)
+        for label in config.labels if run.config.num_classes else ():
+            require(0 <= label < run.config.num_classes, "labels", label, f"between 0 and {run.config.num_classes - 1}")
         check_guidance(run, config.guidance_scale)
         require(
             run.config.conditional or not config.labels, "labels", config.labels, "left out unless the run is --conditional"

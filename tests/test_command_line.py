@@ -10,7 +10,6 @@ from PIL import Image
 from runs import TINY
 
 import edit
-import folder
 import judge
 import sample
 import schedules
@@ -196,7 +195,7 @@ def test_folder_refuses_in_one_line(capsys, monkeypatch, tmp_path, what):
     if what == "too large":
         Image.new("1", (20_000, 20_000)).save(tmp_path / "photos" / "x.png")
     workdir = tmp_path / ("photos" if what == "a workdir inside" else ".") / "new"
-    line = fails(capsys, monkeypatch, "folder", "--folder", tmp_path / "photos", "--workdir", workdir, "--embed-dim", "4")
+    line = fails(capsys, monkeypatch, "mnist", "--dataset", tmp_path / "photos", "--workdir", workdir, "--embed-dim", "4")
     assert str(tmp_path / "photos") in line
     assert not workdir.exists()
 
@@ -218,8 +217,8 @@ def test_a_run_with_another_number_of_steps_is_told_why_and_what_to_do(capsys, m
 
 def test_a_path_may_begin_in_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    configs = {PRESETS["small"]: ("workdir", "data_dir"), vectors.Config(): ("workdir",)}
-    configs |= {folder.Config("x"): ("folder", "workdir"), judge.Config("x"): ("samples", "data_dir")}
+    configs = {PRESETS["small"]: ("workdir", "dataset", "data_dir"), vectors.Config(): ("workdir",)}
+    configs |= {judge.Config("x"): ("samples", "dataset", "data_dir")}
     configs |= {sample.Config(): ("workdir", "out"), schedules.Config(): ("out",), edit.Config(): ("out",)}
     for config, names in configs.items():
         args = [word for name in names for word in (f"--{name.replace('_', '-')}", "~/a~b")]

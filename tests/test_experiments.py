@@ -202,24 +202,6 @@ def test_coins_counts_heads_and_resumes(tmp_path):
     assert Image.open(tmp_path / "figure.png").size[0] > 500
 
 
-@pytest.mark.slow
-def test_folder_trains_on_images_of_any_size_and_mode(tmp_path):
-    for number, (size, mode) in enumerate([((40, 30), "RGB"), ((16, 64), "L"), ((20, 20), "RGBA"), ((9, 9), "P")]):
-        (tmp_path / "photos" / "more").mkdir(parents=True, exist_ok=True)
-        Image.new(mode, size, 200).save(tmp_path / "photos" / ("more" if number % 2 else ".") / f"{number}.png")
-    args = ["--folder", tmp_path / "photos", "--size", "8", "--embed-dim", "4", "--dim-scales", "1", "2", "--batch-size", "8"]
-    args += ["--iterations", "6", "--sample-every", "4", "--num-samples", "5", "--workdir", tmp_path / "run"]
-    assert "4 images" in run("folder.py", *args, devices=2)
-    assert "step 6 of 6" in run("folder.py", *args, devices=2)
-    for name in ("samples_000004.png", "samples.png"):
-        picture = Image.open(tmp_path / "run" / name)
-        assert (picture.size, picture.mode) == ((24, 16), "RGB")
-    Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "new.png")
-    said = finish(start("folder.py", *args), 2)  # it would be another run
-    assert "holds a run with images" in said
-    assert "--images" not in said
-
-
 def test_schedules_draws_its_figure(capsys, monkeypatch, tmp_path):
     import schedules
 

@@ -107,7 +107,7 @@ def test_sampling(platform, precision, sample):
 
     def draw(params, examples):
         denoise = model.make_denoiser(config, SCHEDULE, params)
-        return sample(denoise, table, dj.example_keys(jax.random.key(0), examples), model.IMAGE_SHAPE)
+        return sample(denoise, table, dj.example_keys(jax.random.key(0), examples), model.image_shape(config))
 
     program = lowered(draw, platform, STATE.params, jax.ShapeDtypeStruct((8,), jnp.int32))
     assert_made_for_accelerators(program)

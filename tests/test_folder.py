@@ -1,4 +1,4 @@
-"""Which files of a folder folder.py takes for images, and what it sees in them."""
+"""Which files of a folder are taken for images, and what it sees in them."""
 
 import os
 import struct
@@ -34,10 +34,14 @@ def halves() -> np.ndarray:
     return image
 
 
+def read(folder: Path, size: int = 8, channels: int = 3) -> np.ndarray:
+    return image_folder.read_images(folder, size, channels)[0]
+
+
 def test_pictures_are_read_as_a_person_sees_them(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "b.png")
     Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(tmp_path / "c.png")
-    clear, grey = image_folder.read_images(tmp_path, 8)
+    clear, grey = read(tmp_path)
     assert (clear == 255).all()
     assert (grey == 128).all()
 
@@ -48,7 +52,7 @@ def test_every_orientation_is_turned_upright(tmp_path, turn):
     exif[ExifTags.Base.Orientation] = turn
     Image.fromarray(halves()).save(tmp_path / "x.png", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))
-    np.testing.assert_array_equal(image_folder.read_images(tmp_path, 8)[0], np.asarray(expected))
+    np.testing.assert_array_equal(read(tmp_path)[0], np.asarray(expected))
 
 
 def exif_with(tag: int, kind: int, turn: int = 6) -> bytes:
@@ -62,13 +66,13 @@ def exif_with(tag: int, kind: int, turn: int = 6) -> bytes:
 )
 def test_of_odd_exif_data_the_orientation_is_read(tmp_path, exif):
     Image.fromarray(halves()).save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(image_folder.read_images(tmp_path, 8)[0], np.rot90(halves(), -1))
+    np.testing.assert_array_equal(read(tmp_path)[0], np.rot90(halves(), -1))
 
 
 @pytest.mark.parametrize("exif", [b"nonsense", b"II*\0", b"II*\0\xff\xff\xff\xff"])
 def test_damaged_exif_data_leaves_the_picture_as_it_is(tmp_path, exif):
     Image.fromarray(halves()).save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(image_folder.read_images(tmp_path, 8)[0], halves())
+    np.testing.assert_array_equal(read(tmp_path)[0], halves())
 
 
 CLEAR = {
@@ -89,7 +93,7 @@ def test_the_transparent_colour_of_a_png_becomes_white_and_no_other_does(tmp_pat
     for name, extra in chunks.items():
         for number, pixel in enumerate((clear, other)):
             (tmp_path / f"{name}{number}.png").write_bytes(png(pixel, depth, GREY if len(colour) == 1 else COLOUR, extra))
-    whitened, kept, opaque, same = image_folder.read_images(tmp_path, 1)
+    whitened, kept, opaque, same = read(tmp_path, 1)
     assert (whitened == 255).all()
     assert (kept == grey).all()
     assert case == "1 bit of grey" or (opaque < 128).all()
@@ -111,13 +115,13 @@ def test_hidden_files_and_those_of_thumbnails_and_trash_are_not_taken(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(halves()).save(tmp_path / name, "png")
     (tmp_path / "folder.png").mkdir()
-    assert len(image_folder.read_images(tmp_path, 8)) == 2
+    assert len(read(tmp_path)) == 2
 
 
 def test_a_hidden_folder_that_is_asked_for_is_taken(tmp_path):
     (tmp_path / ".photos").mkdir()
     Image.fromarray(halves()).save(tmp_path / ".photos" / "a.png")
-    assert len(image_folder.read_images(tmp_path / ".photos", 8)) == 1
+    assert len(read(tmp_path / ".photos")) == 1
 
 
 def test_links_are_followed_and_each_folder_is_taken_once(tmp_path):
@@ -129,7 +133,7 @@ def test_links_are_followed_and_each_folder_is_taken_once(tmp_path):
     (tmp_path / "photos" / "again").symlink_to(tmp_path / "elsewhere" / "deep")
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "photos")
     (tmp_path / "photos" / "linked.png").symlink_to(tmp_path / "d.png")
-    assert len(image_folder.read_images(tmp_path / "photos", 8)) == 4
+    assert len(read(tmp_path / "photos")) == 4
 
 
 def test_a_run_is_not_kept_in_a_folder_that_a_link_leads_to(tmp_path):
@@ -137,7 +141,7 @@ def test_a_run_is_not_kept_in_a_folder_that_a_link_leads_to(tmp_path):
         (tmp_path / place).mkdir()
     Image.fromarray(halves()).save(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "elsewhere")
-    said = run("folder.py", "--folder", tmp_path / "photos", "--workdir", tmp_path / "elsewhere" / "run", status=2)
+    said = run("mnist.py", "--dataset", tmp_path / "photos", "--workdir", tmp_path / "elsewhere" / "run", status=2)
     assert "would learn its own samples" in said
 
 
@@ -163,10 +167,10 @@ def test_a_few_files_that_cannot_be_read_are_named_and_left_out(tmp_path):
         (tmp_path / name).write_bytes(damage(whole))
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
     with pytest.warns(UserWarning, match=r"^6 of 120 images cannot be read and are left out: .*cut.png .*, \.\.\.$"):
-        assert len(image_folder.read_images(tmp_path, 8)) == 114
+        assert len(read(tmp_path)) == 114
     (tmp_path / "1.png").unlink()
     with pytest.raises(ValueError, match=r"^6 of 119 images cannot be read, and at most 5% may be left out: .*cut.png"):
-        image_folder.read_images(tmp_path, 8)
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("name", DAMAGED)
@@ -174,7 +178,7 @@ def test_each_file_that_cannot_be_read_is_named(tmp_path, name):
     Image.fromarray(halves()).save(tmp_path / name)
     (tmp_path / name).write_bytes(DAMAGED[name]((tmp_path / name).read_bytes()))
     with pytest.raises(ValueError, match=f"^1 of 1 images cannot be read, .*{name} [^\n]*$"):
-        image_folder.read_images(tmp_path, 8)
+        read(tmp_path)
 
 
 def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
@@ -187,4 +191,4 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch
     Image.fromarray(halves()).save(tmp_path / "a.png")
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="private"):
-        image_folder.read_images(tmp_path, 8)
+        read(tmp_path)

@@ -50,7 +50,7 @@ def test_a_step_and_samples_on_every_path(path, target_type, time_input, density
     @jax.jit
     def draw(params, table):
         denoise = model.make_denoiser(config, schedule, params)
-        return dj.sample(denoise, table, jax.random.split(jax.random.key(2)), model.IMAGE_SHAPE)
+        return dj.sample(denoise, table, jax.random.split(jax.random.key(2)), model.image_shape(config))
 
     for sampler in get_args(Sampler):
         for spacing in ("time", "log_snr"):
@@ -73,7 +73,7 @@ def test_a_mean_flow_run_trains_and_samples_by_jumps():
         state, metrics = step(state, (images, examples), examples, examples, mean_over_devices=same)
         assert 0.1 < metrics["loss"] < np.inf
     network = model.two_times(config, state.ema_params, examples)
-    x_t, t = jax.random.normal(jax.random.key(2), (8, *model.IMAGE_SHAPE)), jnp.full(8, 9.0)
+    x_t, t = jax.random.normal(jax.random.key(2), (8, *model.image_shape(config))), jnp.full(8, 9.0)
     assert np.abs(network(x_t, t, 0 * t) - network(x_t, t, t)).max() > 1e-5
     draw, key = model.make_sampler(config, schedule), jax.random.key(3)
     for sampler, s in (("ddim", 6.0), ("consistency", 0.0)):

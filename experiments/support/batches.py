@@ -1,4 +1,4 @@
-"""Training steps on batches of a data set that stays on the devices."""
+"""Training steps on batches of a data set that stays on the devices, or in a file."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -10,17 +10,36 @@ from jaxtyping import Array, Int, Key, PyTree
 
 import diffusion_jax as dj
 from diffusion_jax.training import replicate
+from support.arrays import RowsOnDisk
+
+
+def placed(data: PyTree) -> PyTree:
+    """The arrays on all devices, unless one of them is in a file."""
+    return data if in_a_file(data) else replicate(data, jax.devices())
+
+
+def in_a_file(data: PyTree) -> bool:
+    return any(isinstance(x, RowsOnDisk) for x in jax.tree.leaves(data))
 
 
 def make_step(
     loss_fn: Callable, data: PyTree, key: Key[Array, ""], seed: int, batch_size: int, ema_decay: float
 ) -> Callable[[dj.TrainState, int], tuple[dj.TrainState, dict[str, Array]]]:
-    """step(state, number) -> (state, metrics), on all devices. A batch is rows of the arrays `data`, shuffled by `seed`."""
+    """step(state, number) -> (state, metrics), on all devices. A batch is rows of the `placed` arrays, shuffled by `seed`.
+
+    Of arrays in a file, the host reads the rows of each batch, and these are all the data that the step is given.
+    """
     step = training_step(loss_fn, key, batch_size, ema_decay)
     compiled = dj.over_devices(step, (None, None, 0, 0), None, jax.devices(), donate_argnums=(0,))
     count, examples = len(jax.tree.leaves(data)[0]), jnp.arange(batch_size, dtype=jnp.int32)
-    data = replicate(data, jax.devices())
-    return lambda state, number: compiled(state, data, batch_indices(seed, number, batch_size, count), examples)
+
+    def numbered_step(state, number):
+        indices = batch_indices(seed, number, batch_size, count)
+        if in_a_file(data):
+            return compiled(state, jax.tree.map(lambda x: x[indices], data), examples, examples)
+        return compiled(state, data, indices, examples)
+
+    return numbered_step
 
 
 def training_step(loss_fn: Callable, key: Key[Array, ""], batch_size: int, ema_decay: float) -> Callable:

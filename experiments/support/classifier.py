@@ -23,20 +23,23 @@ from support.data import ImageData
 from support.machine import random_key
 
 EPOCHS, BATCH, FEATURES = 4, 100, 64
+RECIPE = 0x46966534  # of the network and its training; another number where they change, so that kept networks are not used
 
 
 class Outputs(NamedTuple):
     features: Float[Array, "B 64"]
-    logits: Float[Array, "B 10"]
+    logits: Float[Array, "B classes"]
     statistics: Float[Array, "B 256"]
     """Mean and deviation over the pixels, for each channel of the third convolution."""
 
 
 class Classifier(nn.Module):
-    """Three convolutions and two dense layers, of images [B, 28, 28, 1] of bytes."""
+    """Three convolutions and two dense layers, of images [B, H, W, C] of bytes."""
+
+    classes: int = 10
 
     @nn.compact
-    def __call__(self, images: UInt8[Array, "B 28 28 1"]) -> Outputs:
+    def __call__(self, images: UInt8[Array, "B H W C"]) -> Outputs:
         x = images.astype(jnp.float32) / 127.5 - 1
         statistics = x
         for number, width in enumerate((32, 64, 128)):
@@ -44,11 +47,11 @@ class Classifier(nn.Module):
             statistics = jnp.concatenate([x.mean((1, 2)), x.std((1, 2))], -1)
             x = nn.max_pool(x, (2, 2), (2, 2))
         features = Dense(FEATURES, jnp.float32, name="features")(x.reshape(len(x), -1))
-        return Outputs(features, Dense(10, jnp.float32, name="logits")(nn.relu(features)), statistics)
+        return Outputs(features, Dense(self.classes, jnp.float32, name="logits")(nn.relu(features)), statistics)
 
 
-def apply(params: PyTree, images: UInt8[Array, "B 28 28 1"]) -> Outputs:
-    outputs: Any = Classifier().apply({"params": params}, images)
+def apply(params: PyTree, images: UInt8[Array, "B H W C"]) -> Outputs:
+    outputs: Any = Classifier(params["logits"]["kernel"].shape[1]).apply({"params": params}, images)
     return outputs
 
 
@@ -57,9 +60,9 @@ Classify = Callable[[np.ndarray], Outputs]
 
 def trained_classifier(data: ImageData, test: ImageData) -> tuple[Classify, float]:
     """classify(images) -> Outputs, and its accuracy on the test split; kept in ~/.cache/diffusion_jax, for these images and
-    this file."""
-    made_of = zlib.crc32(Path(__file__).read_bytes() + data.images.tobytes())
-    file = Path(os.path.expanduser(f"~/.cache/diffusion_jax/classifier_{data.name}_{made_of:08x}.npz"))
+    this RECIPE."""
+    made_of = zlib.crc32(np.asarray(data.images).tobytes(), RECIPE ^ (data.checksum or 0))
+    file = Path(os.path.expanduser(f"~/.cache/diffusion_jax/classifier_{Path(data.name).name}_{made_of:08x}.npz"))
     params = _load(file)
     if params is None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +75,9 @@ def trained_classifier(data: ImageData, test: ImageData) -> tuple[Classify, floa
     return classify, float((classify(test.images).logits.argmax(-1) == test.labels).mean())
 
 
-def untrained_classifier() -> Classify:
-    """The same network with its initial parameters, which depend on nothing: a random projection of images."""
-    return classifier_of(_initial_params())
+def untrained_classifier(shape: tuple[int, ...]) -> Classify:
+    """The same network with its initial parameters, which depend on the shape of an image alone: a random projection."""
+    return classifier_of(_initial_params(shape))
 
 
 def classifier_of(params: PyTree) -> Classify:
@@ -87,8 +90,8 @@ def classifier_of(params: PyTree) -> Classify:
     return classify
 
 
-def _initial_params() -> PyTree:
-    return jax.jit(Classifier().init)(random_key(0), jnp.zeros((1, 28, 28, 1), jnp.uint8))["params"]
+def _initial_params(shape: tuple[int, ...], classes: int = 10) -> PyTree:
+    return jax.jit(Classifier(classes).init)(random_key(0), jnp.zeros((1, *shape), jnp.uint8))["params"]
 
 
 def _load(file: Path) -> dict | None:
@@ -103,7 +106,7 @@ def _train(data: ImageData) -> dict:
     """Adam, and a shift of up to two pixels for each image."""
     steps = EPOCHS * max(len(data.images), 15_000) // BATCH
     optimizer = optax.adam(optax.cosine_onecycle_schedule(steps, 3e-3))
-    params = _initial_params()
+    params = _initial_params(data.images.shape[1:], data.num_classes)
 
     def loss_fn(params, images, labels):
         logits = apply(params, images).logits

@@ -13,15 +13,15 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from support.data import DataUnavailable
 from support.machine import why_no_device
 
 Config = TypeVar("Config")
-PATHS = ("workdir", "data_dir", "folder", "samples", "out", "init")
-COUNTS = ("depth", "iterations", "batch_size", "num_timesteps", "checkpoint_every", "num_samples", "num_images", "size")
+PATHS = ("workdir", "dataset", "data_dir", "samples", "out", "init")
+COUNTS = ("depth", "iterations", "batch_size", "num_timesteps", "checkpoint_every", "num_samples", "num_images")
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(COUNTS, (lambda value: value is None or value >= 1, "at least 1")),
     **dict.fromkeys(("seed", "sample_every"), (lambda value: 0 <= value < 2**31, "between 0 and 2^31 - 1")),
+    "image_size": (lambda value: value >= 0 and value % 2 == 0, "even and at least 2, or 0 for that of the images"),
     "embed_dim": (lambda value: value >= 4 and value % 2 == 0, "even and at least 4"),
     "dim_scales": (lambda value: min(value, default=0) >= 1, "one or more numbers of at least 1"),
     "learning_rate": (lambda value: 0 < value < math.inf, "positive and finite"),
@@ -78,7 +78,7 @@ def one_line_errors() -> Iterator[None]:
     """Turn errors that the user can fix into one line and exit status 2."""
     try:
         yield
-    except (ValueError, OSError, DataUnavailable) as error:
+    except (ValueError, OSError) as error:
         stop_with(str(error))
     except (RuntimeError, AssertionError):
         if problem := why_no_device():

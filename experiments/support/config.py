@@ -3,17 +3,21 @@
 import argparse
 import dataclasses
 import sys
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
+import tyro
 
 from diffusion_jax.diffusion import TargetType
 from diffusion_jax.losses import TimeDensity
 from diffusion_jax.sampling import SigmaType
 from diffusion_jax.training import check_divisible
 from support.command_line import check_values, parse_command_line, require
-from support.data import DatasetName
+from support.data import ImageData
 from support.machine import warn_of_emulated
+
+Value = TypeVar("Value")
+Found = tyro.conf.Suppress[tyro.conf.Fixed[Value]]  # in the data, and not an option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +34,24 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    dataset: DatasetName = "auto"
-    """Data set. "auto" is MNIST, or scikit-learn's digits if MNIST cannot be downloaded."""
+    dataset: str = "auto"
+    """mnist, fashion_mnist or digits; auto: MNIST, or scikit-learn's digits if it cannot be downloaded; a folder of images;
+    a .npy or .npz; or a data set that TFDS has prepared, such as cifar10."""
     data_dir: str | None = None
     """TFDS data directory; by default TFDS's own."""
+    image_size: int = 32
+    """Height and width of the network's images, even: images of a folder are scaled to it, and others padded with black.
+    0: their own, or 32 for a folder and for images of 28x28."""
+    channels: Literal[0, 1, 3] = 1
+    """1: grey, 3: colour. 0: as the data are, or colour for a folder."""
     conditional: bool = False
     """Train a class-conditional network."""
     label_dropout: float = 0.1
     """Fraction of images without a label in conditional training, for guidance."""
+    num_classes: Found[int] = 10
+    """Classes of the data; 0 for images without labels."""
+    images: Found[int | None] = None
+    """A checksum of images that are kept in a folder or a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +156,26 @@ PRESETS = {
 def parse_run(description: str | None) -> Config:
     """The config given on the command line. Raises ValueError on an invalid one."""
     preset = choose_preset(sys.argv[1:])
-    config = dataclasses.replace(parse_command_line(PRESETS[preset], description), preset=preset)
+    default = dataclasses.replace(PRESETS[preset], image_size=0, channels=0)  # as in the data
+    config = dataclasses.replace(parse_command_line(default, description), preset=preset)
     check(config)
     check_divisible(config.batch_size, jax.device_count())
     warn_of_emulated(config.precision)
     return config
+
+
+def described_by(config: Config, data: ImageData) -> Config:
+    """The config with what the data say about the run. Raises ValueError if it needs classes, and they have none."""
+    wanted = "left out for images without classes, which a folder has if its images are in two or more subfolders"
+    require(data.num_classes > 0 or not config.conditional, "conditional", config.conditional, wanted)
+    return dataclasses.replace(
+        config,
+        dataset=data.name,
+        image_size=data.image_size,
+        channels=data.images.shape[3],
+        num_classes=data.num_classes,
+        images=data.checksum,
+    )
 
 
 def choose_preset(args: list[str]) -> str:

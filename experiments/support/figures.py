@@ -20,7 +20,7 @@ def save_noise_figure(file: Path, real: np.ndarray, path: np.ndarray) -> None:
     """Real images in [-1, 1], then the same samples at each percentage of the noise; `path[0]` is x_0, `path[-1]` noise."""
     panels = [("data", real)] + [(f"{p}% noise", path[round(p / 100 * (len(path) - 1))]) for p in PERCENTS]
     rasters = [tile(to_pixels(images), 2) for _, images in panels]
-    height, width = rasters[0].shape
+    height, width = rasters[0].shape[:2]
     figure, axes = plt.subplots(1, len(panels), figsize=(1.5 * len(panels), 1.5 * height / width + 0.3))
     for axis, (title, _), raster in zip(axes, panels, rasters, strict=True):
         axis.imshow(raster, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -133,7 +133,8 @@ def save_bound_figure(file: Path, bits: np.ndarray) -> None:
 
 def save_curves(file: Path, curves: dict[str, dict[str, dict[int, float]]], floors: dict[str, float]) -> None:
     """Distance against the number of network calls: a panel for each feature space, a line for each sampler."""
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 6.5), squeeze=False)
+    rows = -(-len(floors) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(9.5, 3.25 * rows), squeeze=False)
     for axis, (space, floor) in zip(axes.flat, floors.items(), strict=True):
         for name, curve in curves[space].items():
             axis.plot(list(curve), list(curve.values()), "o-", markersize=3, linewidth=1, label=name)

@@ -1,4 +1,4 @@
-"""Images of a folder, as squares of one size in colour."""
+"""Images of a folder, as squares of one size, grey or in colour."""
 
 import os
 import warnings
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from support.command_line import require
@@ -37,19 +37,27 @@ def folders_below(folder: Path) -> list[Path]:
     return list(found.values())
 
 
-def read_images(folder: Path, size: int) -> UInt8[np.ndarray, "N size size 3"]:
-    """The middle square of each image in `folder` and below. Files that cannot be read are left out, with a warning.
+def check_apart(folder: Path, workdir: Path) -> None:
+    """Raise ValueError if the run's folder is among the folders of the images."""
+    above = {workdir.resolve(), *workdir.resolve().parents}
+    apart = above.isdisjoint(place.resolve() for place in folders_below(folder))
+    require(apart, "workdir", workdir, f"outside of the images of {folder}, or the run would learn its own samples")
+
+
+def read_images(folder: Path, size: int, channels: int) -> tuple[UInt8[np.ndarray, "N size size channels"], list[Path]]:
+    """The middle square of each image in `folder` and below, and its file. Files that cannot be read are left out, with a
+    warning.
 
     Raises ValueError if there is no image, or if more than MOST_UNREADABLE of them cannot be read.
     """
     entries = sorted(entry for place in folders_below(folder) for entry in place.iterdir() if not is_hidden(entry.name))
     files = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()]
-    require(bool(files), "folder", folder, f"a folder with images ({', '.join(sorted(SUFFIXES))})")
-    images, unreadable = [], []
+    require(bool(files), "dataset", folder, f"a folder with images ({', '.join(sorted(SUFFIXES))})")
+    images, unreadable = {}, []
     for file in files:
         try:
             with Image.open(file) as image:
-                images.append(as_square(image, size))
+                images[file] = as_square(image, size, channels)
         except MemoryError:
             raise
         except Exception as problem:  # Pillow has many kinds
@@ -60,10 +68,22 @@ def read_images(folder: Path, size: int) -> UInt8[np.ndarray, "N size size 3"]:
         if len(unreadable) > MOST_UNREADABLE * len(files):
             raise ValueError(f"{counted}, and at most {MOST_UNREADABLE:.0%} may be left out: {named}")
         warnings.warn(f"{counted} and are left out: {named}", stacklevel=2)
-    return np.stack(images)
+    return np.stack(list(images.values())), list(images)
 
 
-def as_square(file: ImageFile.ImageFile, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def classes_of(folder: Path, files: list[Path]) -> tuple[Int[np.ndarray, " N"], int]:
+    """The class of each file, and their number: one for each folder in `folder`, in the order of their names.
+
+    There are none (0) unless there are two of these folders and all files are in one of them or below.
+    """
+    places = [file.relative_to(folder).parts for file in files]
+    names = sorted({place[0] for place in places})
+    if len(names) < 2 or min(map(len, places)) == 1:
+        return np.zeros(len(files), np.int32), 0
+    return np.array([names.index(place[0]) for place in places], np.int32), len(names)
+
+
+def as_square(file: ImageFile.ImageFile, size: int, channels: int) -> UInt8[np.ndarray, "size size channels"]:
     """Upright, on white where it is transparent, and 16 bits of grey as 8."""
     scale = SCALED_TO_8_BITS.get(file.tile[0].args) if file.format == "PNG" else None
     file.load()
@@ -79,7 +99,13 @@ def as_square(file: ImageFile.ImageFile, size: int) -> UInt8[np.ndarray, "size s
     image = image.convert("RGB")
     image.info.clear()  # the rest of the EXIF data may be odd, and exif_transpose would write it again
     image.getexif()[ExifTags.Base.Orientation] = turn
-    return np.asarray(ImageOps.fit(ImageOps.exif_transpose(image), (size, size)))
+    return fitted(ImageOps.exif_transpose(image), size, channels)
+
+
+def fitted(image: Image.Image, size: int, channels: int) -> UInt8[np.ndarray, "size size channels"]:
+    """The middle square, scaled."""
+    square = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size))
+    return np.asarray(square).reshape(size, size, channels)
 
 
 def orientation(image: Image.Image) -> object:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
@@ -12,18 +14,41 @@ from support.data import ImageData
 from support.feature_spaces import Described
 from support.pictures import to_pixels
 
-DRAWS = 3
+DRAWS, MOST, LARGEST = 3, 60_000, 32
+
+
+def comparable(data: ImageData) -> ImageData:
+    """The images as they are judged: at most MOST, which a fixed seed chooses, and scaled to LARGEST if they are larger."""
+    rows = np.arange(len(data.images))
+    if len(rows) > MOST:
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:MOST])
+    parts = [scaled_down(data.images[rows[first : first + 1000]]) for first in range(0, len(rows), 1000)]
+    return data._replace(images=np.concatenate(parts), labels=data.labels[rows])
+
+
+def to_bytes(samples: Float[np.ndarray, "N S S C"], data: ImageData) -> UInt8[np.ndarray, "N H W C"]:
+    """Rounded to the 256 levels of the data's images, without the padding, and scaled as they are by `comparable`."""
+    side = data.images.shape[1]
+    first = (samples.shape[1] - side) // 2
+    return scaled_down(to_pixels(samples[:, first : first + side, first : first + side]))
+
+
+def scaled_down(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N h w C"]:
+    if images.shape[1] <= LARGEST:
+        return images
+    shape = (len(images), LARGEST, LARGEST, images.shape[3])
+    return np.asarray(jnp.rint(jax.image.resize(images.astype(np.float32), shape, "linear")).astype(jnp.uint8))
 
 
 def judge(
-    samples: Float[np.ndarray, "N 32 32 1"],
+    samples: UInt8[np.ndarray, "N H W C"],
     train: ImageData,
     test: ImageData,
     describe: Callable[[np.ndarray], Described],
     seed: int,
     asked: Int[np.ndarray, " N"] | None = None,
 ) -> dict[str, Any]:
-    """Compare the samples, and as many test images, with DRAWS sets of as many training images.
+    """Compare the samples, and as many test images, with DRAWS sets of as many training images, all of them `comparable`.
 
     `asked` are the requested classes of the samples. Values for the sets are a list.
     """
@@ -31,18 +56,19 @@ def judge(
     rng = np.random.default_rng(seed)
     draws = [describe(train.images[rng.permutation(len(train.images))[:count]]) for _ in range(DRAWS)]
     results: dict[str, Any] = {"images": count}
-    sets = {"generated": (to_bytes(samples[:count]), asked), "test": (test.images[:count], test.labels)}
+    sets = {"generated": (samples[:count], asked), "test": (test.images[:count], test.labels)}
     for name, (images, labels) in tqdm(sets.items(), "distances", unit="set"):
         spaces, found = describe(images)
         results[name] = {
             space: in_each([compared(real[space], features) for real, _ in draws]) for space, features in spaces.items()
         }
-        shares = np.bincount(found, minlength=10) / count
-        real_shares = [np.bincount(real, minlength=10) / count for _, real in draws]
-        results[name]["class_shares"] = shares.tolist()
-        results[name]["class_distance"] = [float(np.abs(shares - real).sum() / 2) for real in real_shares]
+        classes = [x for x in (found, *(classes for _, classes in draws)) if x is not None]
+        if classes:
+            shares, *real_shares = (np.bincount(x, minlength=train.num_classes) / count for x in classes)
+            results[name]["class_shares"] = shares.tolist()
+            results[name]["class_distance"] = [float(np.abs(shares - real).sum() / 2) for real in real_shares]
         results[name] |= memorisation(images, train.images)
-        if asked is not None:
+        if found is not None and asked is not None:
             results[name]["classified_as_asked"] = float((found == labels[:count]).mean())
     return results
 
@@ -64,7 +90,7 @@ def in_each(results: list[dict[str, float]]) -> dict[str, list[float]]:
     return {name: [result[name] for result in results] for name in results[0]}
 
 
-def memorisation(images: UInt8[np.ndarray, "N 28 28 1"], training_images: UInt8[np.ndarray, "M 28 28 1"]) -> dict[str, float]:
+def memorisation(images: UInt8[np.ndarray, "N H W C"], training_images: UInt8[np.ndarray, "M H W C"]) -> dict[str, float]:
     """The distance of the first 1,000 images to the nearest training image each, in pixels from 0 to 1."""
     pixels, training_pixels = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (images[:1000], training_images))
     nearest = np.sqrt(distances.nearest_squared_distances(pixels, training_pixels, 1)[:, 0])
@@ -72,11 +98,6 @@ def memorisation(images: UInt8[np.ndarray, "N 28 28 1"], training_images: UInt8[
         "nearest_training_image_median": float(np.median(nearest)),
         "nearest_training_image_5_percent": float(np.quantile(nearest, 0.05)),
     }
-
-
-def to_bytes(samples: Float[np.ndarray, "N 32 32 1"]) -> UInt8[np.ndarray, "N 28 28 1"]:
-    """Rounded to the 256 levels of real images, without the padding."""
-    return to_pixels(samples[:, 2:30, 2:30])
 
 
 def as_table(results: dict[str, Any]) -> str:

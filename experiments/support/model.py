@@ -15,13 +15,10 @@ import diffusion_jax as dj
 from diffusion_jax.diffusion import Denoise, Predict
 from diffusion_jax.losses import draw_times, time_density
 from diffusion_jax.mean_flow import adaptively_weighted, guided_velocity, jumping, mean_flow_loss
-from diffusion_jax.training import replicate
 from support import batches
 from support.config import Config
 from support.data import ImageData, to_model_input
 
-IMAGE_SHAPE = (32, 32, 1)
-NUM_CLASSES = 10
 SCHEDULES = {
     "linear": dj.linear_schedule,
     "cosine": dj.cosine_schedule,
@@ -38,8 +35,12 @@ def make_schedule(config: Config) -> dj.NoiseSchedule:
     return SCHEDULES[config.noise_schedule_type](config.num_timesteps)
 
 
+def image_shape(config: Config) -> tuple[int, int, int]:
+    return config.image_size, config.image_size, config.channels
+
+
 def make_network(config: Config) -> dj.UNet | dj.DiT:
-    classes, learned = NUM_CLASSES if config.conditional else 0, config.sigma_type == "learned"
+    classes, learned = config.num_classes if config.conditional else 0, config.sigma_type == "learned"
     common: dict[str, Any] = {
         "dtype": DTYPES[config.precision],
         "num_classes": classes,
@@ -47,13 +48,13 @@ def make_network(config: Config) -> dj.UNet | dj.DiT:
         "patch_size": config.patch_size,
     }
     if config.network == "dit":
-        return dj.DiT(IMAGE_SHAPE[-1], config.embed_dim, config.depth, **common)
-    return dj.UNet(IMAGE_SHAPE[-1], config.embed_dim, config.dim_scales, **common)
+        return dj.DiT(config.channels, config.embed_dim, config.depth, **common)
+    return dj.UNet(config.channels, config.embed_dim, config.dim_scales, **common)
 
 
 def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
     network, second_time = make_network(config), {"s": jnp.zeros(1)} if config.loss_type == "mean_flow" else {}
-    x_t, t = jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), jnp.ones(1, jnp.int32)
+    x_t, t = jnp.zeros((1, *image_shape(config)), jnp.float32), jnp.ones(1, jnp.int32)
     params = jax.jit(network.init)(key, x_t, t, **second_time)["params"]
     return dj.create_train_state(network.apply, params, make_optimizer(config))
 
@@ -84,8 +85,8 @@ def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
 
     def loss_fn(params, batch, keys):
         (images, labels), u = batch
-        x_0 = to_model_input(images)
-        predict = apply_to(config, schedule, params, with_dropout(labels, keys, config.label_dropout))
+        x_0 = to_model_input(images, config.image_size)
+        predict = apply_to(config, schedule, params, with_dropout(config, labels, keys))
         if config.loss_type == "bound":
             return dj.bound_loss(schedule, predict, x_0, keys, config.target_type)
         if not config.stratified:
@@ -105,11 +106,11 @@ def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule, averages: bo
 
     def loss_fn(params, batch, keys):
         (images, labels), u = batch
-        x_0 = to_model_input(images)
-        network = two_times(config, params, with_dropout(labels, keys, config.label_dropout))
+        x_0 = to_model_input(images, config.image_size)
+        network = two_times(config, params, with_dropout(config, labels, keys))
         first, second = (draw_times(probabilities, v) for v in (u if config.stratified else uniform(keys, 3), uniform(keys, 4)))
         t = jnp.maximum(first, second)
-        eps = jax.vmap(lambda key: jax.random.normal(key, IMAGE_SHAPE, jnp.float32))(keys)
+        eps = jax.vmap(lambda key: jax.random.normal(key, image_shape(config), jnp.float32))(keys)
         if not averages:
             return adaptively_weighted(2 * dj.loss_at(schedule, lambda x_t, t: network(x_t, t, t), x_0, t, eps, "pred_u"))
         s = jnp.where(uniform(keys, 5) < INSTANTANEOUS, t, jnp.minimum(first, second) - 1)
@@ -125,10 +126,11 @@ def uniform(keys: Key[Array, " B"], number: int) -> Float[Array, " B"]:
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (), jnp.float32))(keys)
 
 
-def with_dropout(labels: Int[Array, " B"], keys: Key[Array, " B"], share: float) -> Int[Array, " B"]:
-    """The labels, or NUM_CLASSES with the probability `share`."""
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), jnp.float32(share)))(keys)
-    return jnp.where(dropped, NUM_CLASSES, labels)
+def with_dropout(config: Config, labels: Int[Array, " B"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
+    """The labels, or with the probability `config.label_dropout` `config.num_classes`, which means no class."""
+    share = jnp.float32(config.label_dropout)
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), share))(keys)
+    return jnp.where(dropped, config.num_classes, labels)
 
 
 def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: Key[Array, ""]) -> Callable:
@@ -137,7 +139,7 @@ def make_step(config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: 
     The first half of the steps of a mean_flow run trains the velocity alone. The averages start from there, with a new
     optimizer state, since their gradients have another scale.
     """
-    arrays = replicate((data.images, data.labels.astype(np.int32)), jax.devices())
+    arrays = batches.placed((data.images, data.labels.astype(np.int32)))
 
     def step_of(loss):
         return batches.make_step(loss, arrays, key, config.seed, config.batch_size, config.ema_decay)
@@ -164,7 +166,7 @@ def first_average(config: Config) -> int:
 def apply_to(
     config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None, table: dj.SamplerTable | None = None
 ) -> Predict:
-    """predict(x_t, t) of the run's network for these labels. NUM_CLASSES or None means unconditional.
+    """predict(x_t, t) of the run's network for these labels. `config.num_classes` or None means no class.
 
     A mean_flow network predicts the velocity at t, or its average over the steps of `table`.
     """
@@ -220,7 +222,7 @@ def make_sampler(
     def draw(params, table, key, examples, labels):
         jumps = table if config.loss_type == "mean_flow" else None
         denoise = make_denoiser(config, schedule, params, labels, guidance_scale, jumps)
-        samples = sample_fn(denoise, table, dj.example_keys(key, examples), IMAGE_SHAPE)
+        samples = sample_fn(denoise, table, dj.example_keys(key, examples), image_shape(config))
         return samples if whole_path else jnp.clip(samples, -1, 1)
 
     axis = 1 if whole_path else 0
@@ -239,5 +241,5 @@ def make_sampler(
 
 
 def labels_in_turn(config: Config, count: int) -> np.ndarray:
-    """Labels 0, 1, ..., 9, 0, 1, ... for a conditional run, or NUM_CLASSES for an unconditional one."""
-    return np.arange(count) % NUM_CLASSES if config.conditional else np.full(count, NUM_CLASSES)
+    """Labels 0, 1, ... in turn for a conditional run, or `config.num_classes` for an unconditional one."""
+    return np.arange(count) % config.num_classes if config.conditional else np.full(count, config.num_classes)

@@ -17,6 +17,7 @@ from diffusion_jax.checkpoints import open_checkpoints, restore, restore_latest
 from support import model
 from support.command_line import require
 from support.config import Config, check
+from support.data import ImageData, Split, load_dataset
 from support.exported import SUFFIX, read_options, read_params
 from support.machine import random_key
 from support.workdir import read_config, with_added
@@ -63,6 +64,19 @@ class SavedRun(NamedTuple):
             require(best is not None, "checkpoint", checkpoint, f"newest: in {self.workdir} no loss is saved")
             return restore(checkpoints, best, state)
 
+    def load(self, split: Split, data_dir: str | None = None) -> ImageData:
+        """A split of the run's data. `data_dir` is TFDS's directory, or where the images of a folder or file are now.
+
+        Raises ValueError if they are others than the run's, or so few that the split has none.
+        """
+        config = self.config
+        name = config.dataset if config.images is None else data_dir or config.dataset
+        data = load_dataset(name, data_dir, split, config.image_size, config.channels)
+        same = (data.checksum, data.num_classes, data.image_size) == (config.images, config.num_classes, config.image_size)
+        require(same, "workdir", self.workdir, f"a run on the images of {data.name}, which were others then")
+        require(len(data.images) > 0, "workdir", self.workdir, "a run on at least 10 images, of which a tenth is held out")
+        return data
+
     def draw(
         self,
         params: PyTree,
@@ -70,7 +84,7 @@ class SavedRun(NamedTuple):
         key: Key[Array, ""],
         labels: Int[np.ndarray, " count"],
         guidance_scale: float = 1.0,
-    ) -> Float[np.ndarray, "count 32 32 1"]:
+    ) -> Float[np.ndarray, "count H W C"]:
         """A sample for each label, in batches."""
         draw, count = model.make_sampler(self.config, self.schedule, guidance_scale=guidance_scale), len(labels)
         batch = min(BATCH, count)
@@ -96,7 +110,7 @@ def open_run(workdir: str | None) -> SavedRun:
         raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {source} differs in {odd}")
     saved: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     for name, hint in get_type_hints(Config).items():
-        if not is_bearable(saved[name], hint):
+        if not is_bearable(saved[name], hint) or (name in ("image_size", "channels") and saved[name] == 0):
             raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {source} has {name} {saved[name]}")
     config = Config(**saved)
     try:

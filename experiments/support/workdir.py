@@ -30,6 +30,10 @@ ADDED = {
     "optimizer": "adam",
     "training_guidance": 1.0,
     "init": None,
+    "image_size": 32,
+    "channels": 1,
+    "num_classes": 10,
+    "images": None,
 }
 HIDDEN = {
     "__macosx",
@@ -43,7 +47,7 @@ HIDDEN = {
 }
 
 
-def open_workdir(config: Any, may_differ: Collection[str], **more: str | int) -> Path:
+def open_workdir(config: Any, may_differ: Collection[str], **more: str | int | None) -> Path:
     """The folder `config.workdir`, made now, or found to hold a run that agrees with `config` but for the fields `may_differ`.
 
     config.json has `more` beside the config: what a run is, and no option says.
