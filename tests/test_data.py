@@ -1,6 +1,7 @@
 import functools
 import gzip
 import http.server
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from support import batches, data, tfds
 
@@ -224,6 +226,100 @@ def test_the_embedded_digits_are_images_of_digits():
     means = np.stack([loaded.images[loaded.labels == label].mean(0) for label in range(10)]).reshape(10, -1)
     distances = ((loaded.images.reshape(1797, 1, -1) - means[None]) ** 2).sum(-1)
     assert (distances.argmin(1) == loaded.labels).mean() > 0.85  # the nearest class mean is the label
+
+
+def made(data_dir: Path, splits: dict[str, list[dict]], **features) -> str:
+    """The name of a data set of `splits`, prepared in array_record as TFDS itself would."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    with registered.skip_registration():
+        parts = {
+            "VERSION": tfds.core.Version("1.0.0"),
+            "_info": lambda self: self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features)),
+            "_split_generators": lambda self, _: {split: enumerate(rows) for split, rows in splits.items()},
+            "_generate_examples": lambda self: None,
+        }
+        builder = type("Made", (tfds.core.GeneratorBasedBuilder,), {"name": "made", **parts})
+    builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    return "made"
+
+
+def colours(count: int, *shape: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, (count, *shape, 3), np.uint8))
+
+
+def as_png(image: np.ndarray) -> io.BytesIO:
+    """A file, since TFDS encodes arrays by TensorFlow."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+def test_any_data_set_that_tfds_has_prepared_is_read_without_its_code(tmp_path):
+    import tensorflow_datasets as tfds
+
+    images, features = colours(30, 12, 12), {"image": tfds.features.Image(shape=(12, 12, 3))}
+    rows = [{"image": as_png(image), "label": number % 3} for number, image in enumerate(images)]
+    splits = {"train": rows[:20], "test": rows[20:]}
+    name = made(tmp_path, splits, **features, label=tfds.features.ClassLabel(num_classes=3))
+    of = {bytes(image): number % 3 for number, image in enumerate(images)}
+    for _ in range(2):  # decoded, and as it was kept
+        for split in splits:
+            loaded = data.load_dataset(name, tmp_path, split)
+            assert (loaded.name, loaded.num_classes, loaded.image_size, loaded.checksum) == ("made", 3, 12, None)
+            assert {bytes(image) for image in loaded.images} == set(
+                map(bytes, images[:20] if split == "train" else images[20:])
+            )
+            assert [of[bytes(image)] for image in loaded.images] == list(loaded.labels)
+
+
+def test_of_a_data_set_without_a_test_split_a_tenth_is_held_out(tmp_path):
+    import tensorflow_datasets as tfds
+
+    images = colours(30, 12, 12)
+    name = made(
+        tmp_path, {"train": [{"image": as_png(image)} for image in images]}, image=tfds.features.Image(shape=(12, 12, 3))
+    )
+    train, test = (data.load_dataset(name, tmp_path, split) for split in ("train", "test"))
+    assert (len(train.images), len(test.images), train.num_classes) == (27, 3, 0)
+    assert sorted(map(bytes, [*train.images, *test.images])) == sorted(map(bytes, images))
+
+
+def test_images_of_different_sizes_are_cropped_and_scaled_to_the_size_that_is_asked_for(tmp_path):
+    import tensorflow_datasets as tfds
+
+    images = [np.full((8 + number, 20, 3), 9 * number, np.uint8) for number in range(20)]
+    name = made(
+        tmp_path, {"train": [{"image": as_png(image)} for image in images]}, image=tfds.features.Image(shape=(None, None, 3))
+    )
+    with pytest.raises(ValueError, match=r"^--image-size must be given, since the images of made differ in size, got 0$"):
+        data.load_dataset(name, tmp_path)
+    for channels in (1, 3, 1):
+        loaded = data.load_dataset(name, tmp_path, image_size=6, channels=channels)
+        assert loaded.images.shape == (18, 6, 6, channels)
+        assert set(np.ptp(loaded.images, axis=(1, 2, 3))) == {0}
+        assert {int(image[0, 0, 0]) for image in loaded.images} < {9 * number for number in range(20)}
+
+
+def test_a_data_set_of_something_else_is_refused_in_one_line(tmp_path):
+    import tensorflow_datasets as tfds
+
+    name = made(tmp_path, {"train": [{"text": "a"}]}, text=tfds.features.Text())
+    with pytest.raises(ValueError, match=r"^--dataset must be a data set of grey or colour images \(`image`\) .*, got made$"):
+        data.load_dataset(name, tmp_path)
+    (file,) = tmp_path.glob("made/1.0.0/features.json")
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"^made in .* is damaged: remove .*/made, and prepare it again \([^\n]*\)$"):
+        data.load_dataset(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "", " ", "../made", "no/such/folder", "made/", "\0", "ä", "*"])
+def test_a_name_that_is_nothing_is_told_what_it_may_be(tmp_path, name):
+    with pytest.raises(ValueError, match=r"^the data set must be one of auto, mnist, .* tfds build NAME") as problem:
+        data.load_dataset(name, tmp_path)
+    assert str(problem.value).endswith(f"got {name!r}")
 
 
 def test_images_are_padded_and_scaled(variant):

@@ -192,3 +192,28 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="private"):
         read(tmp_path)
+
+
+def test_grey_is_asked_for_by_its_channels(tmp_path):
+    Image.new("RGB", (9, 5), (255, 0, 0)).save(tmp_path / "a.png")
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    red, clear = read(tmp_path, channels=1)
+    assert red.shape == (8, 8, 1)
+    assert (red == 76).all()  # 0.299 of 255 (ITU-R 601)
+    assert (clear == 255).all()
+
+
+def test_a_folder_in_the_folder_is_a_class_if_no_image_is_beside_it(tmp_path):
+    for place in ("b", "a/deep", "a"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "x.png")
+    (tmp_path / "no images").mkdir()
+
+    def classes() -> tuple[list[int], int]:
+        labels, count = image_folder.classes_of(tmp_path, image_folder.read_images(tmp_path, 8, 3)[1])
+        return list(labels), count
+
+    assert classes() == ([0, 0, 1], 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "beside.png")
+    assert classes() == ([0, 0, 0, 0], 0)
+    assert image_folder.classes_of(tmp_path, [tmp_path / "a" / "x.png"] * 2)[1] == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TINY, assert_same_run, best_step, final_state, finish, run, start, wait_for
+from runs import EXPERIMENTS, TINY, assert_same_run, best_step, final_state, finish, run, start, wait_for
 
 from support.data import load_dataset
 
@@ -48,3 +48,112 @@ def test_a_run_says_in_its_config_what_its_images_are(coloured, photos):
     assert final_state(coloured).params["label"]["embedding"].shape[0] == 3
     assert (coloured / "figure.png").exists()
     assert Image.open(coloured / "samples_000004.png").size == (36, 24)
+
+
+def samples_of(workdir: Path, folder: Path, *args: object) -> np.ndarray:
+    run("sample.py", "--workdir", workdir, *args, "--seed", "3", "--out", folder / "x.npy")
+    return np.load(folder / "x.npy")
+
+
+def test_a_file_of_its_network_draws_the_same_of_each_class(coloured, tmp_path):
+    run("export.py", "--workdir", coloured, "--out", tmp_path / "net.safetensors")
+    asked = ["--labels", "0", "1", "1", "--sampling-timesteps", "3"]
+    drawn = samples_of(coloured, tmp_path, *asked)
+    assert drawn.shape == (3, 12, 12, 3)
+    np.testing.assert_array_equal(samples_of(tmp_path / "net.safetensors", tmp_path, *asked), drawn)
+    assert "--labels must be between 0 and 1, got 2" in run("sample.py", "--workdir", coloured, "--labels", "2", status=2)
+
+
+def test_a_run_goes_on_where_its_images_are_moved_and_not_with_others(coloured, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "moved")
+    shutil.copytree(coloured, tmp_path / "run")
+    args = [*SMALL, "--dataset", tmp_path / "moved", "--image-size", "12", "--conditional", "--workdir", tmp_path / "run"]
+    assert "step 8 of 8" in run("mnist.py", *args, devices=2)
+    edit = ["--workdir", tmp_path / "run", "--num-images", "2", "--sampling-timesteps", "4", "--out", tmp_path / "edit.png"]
+    run("edit.py", *edit, "--data-dir", tmp_path / "moved")
+    assert (Image.open(tmp_path / "edit.png").size, Image.open(tmp_path / "edit.png").mode) == ((144, 48), "RGB")
+    shutil.copy(photos / "a red" / "00.png", tmp_path / "moved" / "a red" / "more.png")
+    said = run("mnist.py", *args, status=2)
+    assert "holds a run with images" in said
+    assert "--images" not in said
+    assert "a run on the images of" in run("edit.py", *edit, "--data-dir", tmp_path / "moved", status=2)
+
+
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory, images) -> Path:
+    """A run on images in a .npy, with the best of the checkpoints known, and beside it the images."""
+    folder = tmp_path_factory.mktemp("runs")
+    np.save(folder / "images.npy", images)
+    run("mnist.py", *SMALL, "--dataset", folder / "images.npy", "--workdir", folder / "whole")
+    return folder
+
+
+def test_images_that_stay_in_their_file_give_the_bits_of_those_in_memory(mapped, images, tmp_path):
+    np.savez(tmp_path / "images.npz", images=images)
+    run("mnist.py", *SMALL, "--dataset", tmp_path / "images.npz", "--workdir", tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", mapped / "whole")
+    assert best_step(mapped / "whole") is not None
+
+
+def test_images_in_a_file_are_shuffled_alike_after_a_kill(mapped, tmp_path):
+    args = [*SMALL, "--dataset", mapped / "images.npy", "--workdir", tmp_path / "killed"]
+    process = start("mnist.py", *args)
+    wait_for(process, lambda: list(tmp_path.glob("killed/checkpoints/[24]")))
+    process.kill()
+    finish(process, status=-9)
+    run("mnist.py", *args)
+    assert_same_run(tmp_path / "killed", mapped / "whole")
+
+
+def test_images_in_a_file_are_shared_by_devices_and_in_bfloat16(mapped, tmp_path):
+    args = [*SMALL, "--dataset", mapped / "images.npy"]
+    run("mnist.py", *args, "--workdir", tmp_path / "shared", devices=4)
+    losses = [
+        np.genfromtxt(place / "metrics.csv", delimiter=",", names=True)["loss"]
+        for place in (mapped / "whole", tmp_path / "shared")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    run("mnist.py", *args, "--precision", "bfloat16", "--workdir", tmp_path / "bfloat16")
+    assert samples_of(tmp_path / "bfloat16", tmp_path, "--num-samples", "2", "--checkpoint", "best").shape == (2, 8, 8, 3)
+
+
+def test_images_without_classes_are_judged_without_the_classifier(mapped, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(mapped / "whole", workdir)
+    said = run("evaluate.py", "--workdir", workdir, "--num-samples", "100", "--sampling-timesteps", "2", "--bound-images", "2")
+    assert "has no labels: the feature spaces of the classifier are left out" in said
+    results = json.loads((workdir / "evaluation.json").read_text())
+    assert (results["images"], results["classifier_accuracy"]) == (6, None)  # as many as are held out
+    assert {name for name, value in results["test"].items() if isinstance(value, dict)} == {"pixels", "random network"}
+    for space in ("pixels", "random network"):
+        assert min(results["generated"][space]["frechet_distance"]) > max(results["test"][space]["frechet_distance"])
+    said = run("compare_samplers.py", "--workdir", workdir, "--num-samples", "100", "--calls", "2")
+    assert "| sampler | calls | pixels | random network |" in said
+    assert Image.open(workdir / "samplers.png").size[0] > 500
+
+
+@pytest.mark.slow
+def test_images_with_classes_are_judged_by_a_classifier_of_their_own(coloured, photos, tmp_path):
+    shutil.copytree(coloured, tmp_path / "run")
+    args = ["--workdir", tmp_path / "run", "--num-samples", "100", "--sampling-timesteps", "2", "--bound-images", "0"]
+    finish(start("evaluate.py", *args, HOME=str(tmp_path)))
+    results = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert results["classifier_accuracy"] == 1  # one is red, the other blue
+    assert len(results["test"]["class_shares"]) == 2
+    held_out = load_dataset(str(photos), split="test", image_size=12).images / np.float32(127.5) - 1
+    np.save(tmp_path / "real.npy", np.resize(held_out, (100, 12, 12, 3)))
+    finish(start("judge.py", "--samples", tmp_path / "real.npy", "--dataset", photos, HOME=str(tmp_path)))
+    results = json.loads((tmp_path / "real.judged.json").read_text())
+    assert results["generated"] == results["test"]
+
+
+@pytest.mark.slow
+def test_the_recipe_for_cifar10_runs_on_made_images(tmp_path):
+    """As in docs/commands.md, but for the number of steps, of images in a step and of samples."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "made.npz", images=rng.integers(0, 256, (40, 32, 32, 3), np.uint8), labels=np.arange(40) % 10)
+    recipe = (EXPERIMENTS.parent / "docs" / "commands.md").read_text().split("mnist.py --dataset cifar10 ")[1].split("\n")[0]
+    args = [*recipe.split(), "--dataset", tmp_path / "made.npz", "--workdir", tmp_path / "run", "--batch-size", "2"]
+    args += ["--iterations", "2", "--sampling-timesteps", "2", "--num-samples", "2"]
+    assert "36 images" in run("mnist.py", *args)
+    assert samples_of(tmp_path / "run", tmp_path, "--labels", "9", "--sampling-timesteps", "2").shape == (1, 32, 32, 3)

@@ -134,9 +134,9 @@ def _from_tfds(name: str, data_dir: str | os.PathLike | None, split: Split, imag
 
 
 def _part(data: ImageData, split: Split) -> ImageData:
-    """The test split is a tenth of the images, rounded down, which a fixed seed chooses; the training split is the others."""
+    """In an order that a fixed seed chooses: the first tenth, rounded down, is the test split, and the rest for training."""
     order = np.random.default_rng(0).permutation(len(data.images))
     tenth = len(order) // 10
-    rows = np.sort(order[:tenth] if split == "test" else order[tenth:])
+    rows = order[:tenth] if split == "test" else order[tenth:]
     images = RowsOnDisk(data.images, rows) if isinstance(data.images, np.memmap) else data.images[rows]
     return data._replace(images=images, labels=data.labels[rows])
