@@ -35,13 +35,11 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Data:
     dataset: str = "auto"
-    """mnist, fashion_mnist or digits; auto: MNIST, or scikit-learn's digits if it cannot be downloaded; a folder of images;
-    a .npy or .npz; or a data set that TFDS has prepared, such as cifar10."""
+    """mnist, fashion_mnist, digits, auto (MNIST or, offline, digits), a folder of images, a .npy or .npz, or a TFDS name."""
     data_dir: str | None = None
     """TFDS data directory; by default TFDS's own."""
     image_size: int = 32
-    """Height and width of the network's images, even: images of a folder are scaled to it, and others padded with black.
-    0: their own, or 32 for a folder and for images of 28x28."""
+    """Height and width of the network's images, even. 0: as the data are, or 32 for a folder and for images of 28x28."""
     channels: Literal[0, 1, 3] = 1
     """1: grey, 3: colour. 0: as the data are, or colour for a folder."""
     conditional: bool = False

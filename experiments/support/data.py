@@ -126,7 +126,7 @@ def _from_tfds(name: str, data_dir: str | os.PathLike | None, split: Split, imag
     if found is None:
         raise ValueError(
             f"the data set must be one of {', '.join(get_args(LikeMNIST))}, a folder of images, a .npy or .npz file, or a name "
-            f"of TFDS's that is prepared in {place} (by: tfds build NAME --data_dir {place}); got {name!r}"
+            f"of TFDS's that is prepared in {place} (with TensorFlow: tfds build NAME --data_dir {place}); got {name!r}"
         )
     images, labels, num_classes, tested = found
     data = ImageData(name, images, labels, num_classes)

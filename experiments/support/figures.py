@@ -146,7 +146,7 @@ def save_curves(file: Path, curves: dict[str, dict[str, dict[int, float]]], floo
             numbers.set_major_formatter("{x:g}")
             numbers.set_minor_formatter("")
         axis.grid(alpha=0.3)
-    figure.tight_layout(pad=0.4, rect=(0, 0.09, 1, 1))
+    figure.tight_layout(pad=0.4, rect=(0, 0.18 / rows, 1, 1))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
     figure.savefig(file, dpi=120)
     plt.close(figure)
