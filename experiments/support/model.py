@@ -128,8 +128,7 @@ def uniform(keys: Key[Array, " B"], number: int) -> Float[Array, " B"]:
 
 def with_dropout(config: Config, labels: Int[Array, " B"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
     """The labels, or with the probability `config.label_dropout` `config.num_classes`, which means no class."""
-    share = jnp.float32(config.label_dropout)
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), share))(keys)
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), jnp.float32(config.label_dropout)))(keys)
     return jnp.where(dropped, config.num_classes, labels)
 
 
