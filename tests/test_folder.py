@@ -217,3 +217,16 @@ def test_a_folder_in_the_folder_is_a_class_if_no_image_is_beside_it(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "beside.png")
     assert classes() == ([0, 0, 0, 0], 0)
     assert image_folder.classes_of(tmp_path, [tmp_path / "a" / "x.png"] * 2)[1] == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_any_size_and_mode_are_taken(tmp_path, channels):
+    (tmp_path / "more").mkdir()
+    for number, (size, mode) in enumerate(
+        [((40, 30), "RGB"), ((16, 64), "L"), ((20, 20), "RGBA"), ((9, 9), "P"), ((5, 8), "1")]
+    ):
+        colour = {"RGB": (200,) * 3, "RGBA": (200, 200, 200, 255), "1": 1}.get(mode, 200)
+        Image.new(mode, size, colour).save(tmp_path / ("more" if number % 2 else ".") / f"{number}.png")
+    levels = [np.unique(image).tolist() for image in read(tmp_path, 8, channels)]
+    assert sorted(levels)[1:] == [[200], [200], [200], [255]]  # the other one has an empty palette
+    assert read(tmp_path, 8, channels).shape == (5, 8, 8, channels)
