@@ -6,6 +6,7 @@ Nothing here has its own loop. `guided` and `inpainting` wrap a network or denoi
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from diffusion_jax.diffusion import Denoise, Predict, check_shape, with_fraction, with_prediction
@@ -13,13 +14,14 @@ from diffusion_jax.sampling import SamplerTable, Steps, as_times, make_table
 from diffusion_jax.schedules import NoiseSchedule
 
 
-def guided(conditional: Predict, unconditional: Predict, scale: float) -> Predict:
+def guided(conditional: Predict, unconditional: Predict, scale: ArrayLike) -> Predict:
     """Classifier-free guidance: without + scale (with - without) [Ho & Salimans 2022, eq. 6, where scale = 1 + w] (eq. 17).
 
     A scale of 1 gives the conditional network. A larger scale gives samples that match the condition better but vary less. All
-    target types give the same result. A learned variance is the conditional network's. Raises ValueError unless scale >= 0.
+    target types give the same result. A learned variance is the conditional network's. With an array of scales, each example
+    can have its own. Raises ValueError unless scale >= 0, except if it is traced.
     """
-    if not scale >= 0:
+    if not isinstance(scale, Tracer) and not np.all(np.asarray(scale) >= 0):
         raise ValueError(f"the guidance scale must be at least 0, got {scale}")
 
     def predict(x_t, t):

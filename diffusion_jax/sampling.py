@@ -173,17 +173,17 @@ def sample(
     has no reverse-mode gradient; `sample_trajectory` has one. Raises ValueError unless `start` is floating point and of shape
     [B, *shape].
     """
-    begin = _start(table, keys, shape, start)
-    table = _cast(table, begin)
+    begin = first_state(table, keys, shape, start)
+    table = _cast(table, begin[0])
 
     def step(carry):
         number, state = carry
-        return number + 1, _step(denoise, jax.tree.map(lambda column: column[number], table), state, keys, number)
+        return number + 1, take_step(denoise, jax.tree.map(lambda column: column[number], table), state, keys, number)
 
     def going_on(carry):
         return (carry[0] < len(table.t)) & (table.t[carry[0]] > 0)
 
-    return jax.lax.while_loop(going_on, step, (0, _before_the_first_step(begin)))[1][0]
+    return jax.lax.while_loop(going_on, step, (0, begin))[1][0]
 
 
 def sample_trajectory(
@@ -200,20 +200,35 @@ def sample_trajectory(
 
     def step(state, numbered_row):
         number, row = numbered_row
-        state = _step(denoise, row, state, keys, number)
+        state = take_step(denoise, row, state, keys, number)
         return state, state[0]
 
-    begin = _start(table, keys, shape, start)
-    _, path = jax.lax.scan(step, _before_the_first_step(begin), (jnp.arange(len(table.t)), _cast(table, begin)))
-    return jnp.concatenate([begin[None], path])[::-1]
+    begin = first_state(table, keys, shape, start)
+    _, path = jax.lax.scan(step, begin, (jnp.arange(len(table.t)), _cast(table, begin[0])))
+    return jnp.concatenate([begin[0][None], path])[::-1]
 
 
-def _before_the_first_step(x_t: Array) -> tuple[Array, ...]:
+def first_state(
+    table: SamplerTable, keys: Key[Array, " B"], shape: tuple[int, ...], start: Float[Array, "B *shape"] | None = None
+) -> tuple[Array, ...]:
+    """(x_t, 0, 0, 0) before the first step, for `take_step`. Arguments and errors are those of `sample`."""
+    if start is None:
+        start = jnp.asarray(table.scale, jnp.float32)[0] * _normal(keys, 0, shape, jnp.float32)
+    if start.shape != (len(keys), *shape):
+        raise ValueError(f"start must have the shape {(len(keys), *shape)}, got {start.shape}")
+    if not jnp.issubdtype(start.dtype, jnp.floating):
+        raise ValueError(f"start must be of floating point, got {start.dtype}")
+    x_t = jnp.asarray(start)
     return (x_t, *[jnp.zeros_like(x_t)] * MEMORY)
 
 
-def _step(denoise: Denoise, row: Any, state: tuple[Array, ...], keys: Array, number: Array) -> tuple[Array, ...]:
-    """One step of eq. 8, from (x_t, y_1, y_2, y_3) to (x_s, y, y_1, y_2)."""
+def take_step(
+    denoise: Denoise, row: Any, state: tuple[Array, ...], keys: Key[Array, " B"], number: int | Array
+) -> tuple[Array, ...]:
+    """One step of eq. 8, from (x_t, y_1, y_2, y_3) to (x_s, y, y_1, y_2), for a loop of one's own.
+
+    `row` is row `number` of the table, with numbers of x_t's dtype, at least float32.
+    """
     x_t, *kept = state
     x_0_hat, fraction = with_fraction(denoise(x_t, jnp.full(len(x_t), row.t, jnp.float32)))
     deviation = row.c * jnp.exp(row.r * fraction)
@@ -229,16 +244,6 @@ def _cast(table: SamplerTable, x: Array) -> Any:
     """Cast the table to x's dtype, but at least to float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return jax.tree.map(lambda column: jnp.asarray(column, dtype), table)
-
-
-def _start(table: SamplerTable, keys: Array, shape: tuple[int, ...], start: Array | None) -> Array:
-    if start is None:
-        return jnp.asarray(table.scale, jnp.float32)[0] * _normal(keys, 0, shape, jnp.float32)
-    if start.shape != (len(keys), *shape):
-        raise ValueError(f"start must have the shape {(len(keys), *shape)}, got {start.shape}")
-    if not jnp.issubdtype(start.dtype, jnp.floating):
-        raise ValueError(f"start must be of floating point, got {start.dtype}")
-    return jnp.asarray(start)
 
 
 def _normal(keys: Array, number: int | Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

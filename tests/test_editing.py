@@ -49,6 +49,18 @@ def test_a_negative_guidance_scale_is_named(scale):
         dj.guided(lambda x, t: x, lambda x, t: x, scale)
 
 
+def test_each_example_may_have_its_own_guidance_scale_and_a_compiled_program_any():
+    with_class, without = (lambda x, t, number=number: x + number for number in (5.0, 3.0))
+    scales, x_t = jnp.array([[0.0], [1.0], [2.5]]), jnp.zeros((3, 2))
+    expected = [[3.0, 3.0], [5.0, 5.0], [8.0, 8.0]]
+    np.testing.assert_allclose(dj.guided(with_class, without, scales)(x_t, jnp.ones(3)), expected)
+    guide = jax.jit(lambda scale: dj.guided(with_class, without, scale)(x_t, jnp.ones(3)))
+    np.testing.assert_allclose(guide(scales), expected)
+    np.testing.assert_allclose(guide(2.0), np.full((3, 2), 7.0))
+    with pytest.raises(ValueError, match="guidance scale must be at least 0"):
+        dj.guided(with_class, without, -scales)
+
+
 def test_rounds_of_inpainting_lead_to_the_law_of_the_rest_given_what_is_known():
     """x_2 given x_1 = 1.5 is normal, with a mean and a variance known from the data's."""
     given, known = jnp.array([[[True, False]]]), jnp.array([[[1.5, 99.0]]])

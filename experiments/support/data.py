@@ -104,7 +104,7 @@ def _embedded_digits(split: Split) -> ImageData:
         large = Image.fromarray((small * 255 / 16).astype(np.uint8)).resize((20, 20), Image.Resampling.BICUBIC)
         image[4:24, 4:24, 0] = np.asarray(large)
     part = slice(0, 1500) if split == "train" else slice(1500, None)
-    return ImageData("digits", images[part], labels[part].astype(np.int32))
+    return ImageData("digits", images[part], np.asarray(labels[part], np.int32))
 
 
 def _from_file(file: Path, split: Split) -> ImageData:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
 import diffusion_jax as dj
 from diffusion_jax.diffusion import Denoise, Predict
@@ -191,13 +191,17 @@ def make_denoiser(
     schedule: dj.NoiseSchedule,
     params: PyTree,
     labels: Array | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: ArrayLike = 1.0,
     table: dj.SamplerTable | None = None,
+    others: Array | None = None,
 ) -> Denoise:
-    """denoise(x_t, t) of the run's network for these labels, with x_0_hat clipped to [-1, 1]; for `table`, see `apply_to`."""
+    """denoise(x_t, t) of the run's network for these labels, with x_0_hat clipped to [-1, 1]; for `table`, see `apply_to`.
+
+    Guidance leads from the labels `others`, by default from no class. It costs a second network call unless it is the number 1.
+    """
     predict = apply_to(config, schedule, params, labels, table)
-    if guidance_scale != 1:
-        predict = dj.guided(predict, apply_to(config, schedule, params, None, table), guidance_scale)
+    if not (isinstance(guidance_scale, int | float) and guidance_scale == 1):
+        predict = dj.guided(predict, apply_to(config, schedule, params, others, table), guidance_scale)
     return dj.make_denoiser(schedule, predict, config.target_type, None if config.loss_type == "mean_flow" else 1.0)
 
 
