@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import socket
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -198,6 +200,22 @@ def test_folder_refuses_in_one_line(capsys, monkeypatch, tmp_path, what):
     line = fails(capsys, monkeypatch, "mnist", "--dataset", tmp_path / "photos", "--workdir", workdir, "--embed-dim", "4")
     assert str(tmp_path / "photos") in line
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("args", ["--workdir no/run", "--port 0", "--port 65536"])
+def test_demo_refuses_in_one_line(capsys, monkeypatch, args):
+    monkeypatch.setitem(sys.modules, "gradio", types.ModuleType("gradio"))
+    assert_names(fails(capsys, monkeypatch, "demo", *args.split()), args)
+
+
+def test_demo_needs_gradio_and_a_free_port(capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setitem(sys.modules, "gradio", None)
+        assert 'the page needs Gradio: pip install "gradio>=6"' in fails(capsys, monkeypatch, "demo", "--port", port)
+        monkeypatch.setitem(sys.modules, "gradio", types.ModuleType("gradio"))
+        line = fails(capsys, monkeypatch, "demo", "--port", port)
+        assert f"--port must be a free one on 127.0.0.1, got {port}" in line
 
 
 @pytest.mark.parametrize("args", ["--num-timesteps 0", "--out x.jpg", "--out no/x.png"])

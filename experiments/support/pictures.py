@@ -1,5 +1,7 @@
 """Images as pictures: grids, rows and animations."""
 
+import base64
+import io
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,14 @@ def save_rows(file: Path, columns: list[np.ndarray]) -> None:
     Image.fromarray(tile(images.reshape(-1, *images.shape[2:]), len(columns))).resize(
         (len(columns) * images.shape[3] * 2, len(images) * images.shape[2] * 2), Image.Resampling.NEAREST
     ).save(file)
+
+
+def as_html(picture: np.ndarray, caption: str) -> str:
+    """Bytes [H, W] or [H, W, 3], over their caption and as wide as the page allows, in one string without a file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "png")
+    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f'<img src="{source}" alt="{caption}" style="width: 100%; image-rendering: pixelated"><p>{caption}</p>'
 
 
 def save_animation(file: Path, path: np.ndarray) -> None:
