@@ -218,8 +218,7 @@ def first_state(
         raise ValueError(f"start must have the shape {(len(keys), *shape)}, got {start.shape}")
     if not jnp.issubdtype(start.dtype, jnp.floating):
         raise ValueError(f"start must be of floating point, got {start.dtype}")
-    x_t = jnp.asarray(start)
-    return (x_t, *[jnp.zeros_like(x_t)] * MEMORY)
+    return (jnp.asarray(start), *[jnp.zeros_like(start)] * MEMORY)
 
 
 def take_step(
