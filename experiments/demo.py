@@ -49,8 +49,8 @@ def main() -> None:
         config = parse_command_line(Config(), __doc__)
         check_values(config)
         gradio = load_gradio()
-        require(is_free(config.host, config.port), "port", config.port, f"a free one on {config.host}")
         run = open_run(config.workdir)
+        require(is_free(config.host, config.port), "port", config.port, f"a free one on {config.host}")
         walk = make_walk(run, run.restore(config.checkpoint).ema_params)
 
     compile_steps(run, walk)

@@ -208,13 +208,13 @@ def test_demo_refuses_in_one_line(capsys, monkeypatch, args):
     assert_names(fails(capsys, monkeypatch, "demo", *args.split()), args)
 
 
-def test_demo_needs_gradio_and_a_free_port(capsys, monkeypatch):
+def test_demo_needs_gradio_and_a_free_port(capsys, monkeypatch, trained):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setitem(sys.modules, "gradio", None)
         assert 'the page needs Gradio: pip install "gradio>=6"' in fails(capsys, monkeypatch, "demo", "--port", port)
         monkeypatch.setitem(sys.modules, "gradio", types.ModuleType("gradio"))
-        line = fails(capsys, monkeypatch, "demo", "--port", port)
+        line = fails(capsys, monkeypatch, "demo", "--workdir", trained, "--port", port)
         assert f"--port must be a free one on 127.0.0.1, got {port}" in line
 
 
