@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from support import model
+from support import model, objective
 from support.config import PRESETS
 from support.data import ImageData, load_dataset
 from support.distances import frechet_distance
@@ -79,7 +79,7 @@ def trained_samples(config, train: ImageData, count: int) -> tuple[np.ndarray, f
     """Samples after the whole training, and the seconds of its steps but the first."""
     schedule = model.make_schedule(config)
     init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
-    state, step = model.initial_state(config, init_key), model.make_step(config, schedule, train, train_key)
+    state, step = model.initial_state(config, init_key), objective.make_step(config, schedule, train, train_key)
     for number in tqdm(range(config.iterations)):
         state, metrics = step(state, number)
         if number == 0:

@@ -53,7 +53,7 @@ def ours(options: dict, precision: str, products: str | None = None) -> Contende
     import numpy as np
 
     import diffusion_jax as dj
-    from support import model
+    from support import model, objective
     from support.batches import training_step
     from support.config import PRESETS
     from support.data import ImageData
@@ -64,7 +64,7 @@ def ours(options: dict, precision: str, products: str | None = None) -> Contende
     schedule, (init_key, train_key, sample_key) = dj.cosine_schedule(T), jax.random.split(jax.random.key(0), 3)
     images = np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8)
     state = model.initial_state(config, init_key)
-    step = model.make_step(config, schedule, ImageData("noise", images, np.zeros(len(images), np.int32)), train_key)
+    step = objective.make_step(config, schedule, ImageData("noise", images, np.zeros(len(images), np.int32)), train_key)
     draw = model.make_sampler(config, schedule)
     network = model.make_network(config)
     apply = jax.jit(lambda params, x_t, t: network.apply({"params": params}, x_t, t))
@@ -104,7 +104,7 @@ def ours(options: dict, precision: str, products: str | None = None) -> Contende
         return flops_of(layers(state.params).jaxpr)
 
     def lowered() -> dict[str, float]:
-        step = training_step(model.make_loss(config, schedule), train_key, options["batch_size"], 0.0)
+        step = training_step(objective.make_loss(config, schedule), train_key, options["batch_size"], 0.0)
         whole = partial(step, mean_over_devices=lambda tree: tree)
         indices = jnp.zeros(options["batch_size"], jnp.int32)
         traced = jax.jit(whole).trace(state, (images, np.zeros(len(images), np.int32)), indices, indices)

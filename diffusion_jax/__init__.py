@@ -9,9 +9,9 @@ from diffusion_jax.diffusion import (
 )
 from diffusion_jax.dit import DiT
 from diffusion_jax.editing import encoding_table, guided, inpainting, part_way, resampled, spherical
+from diffusion_jax.flow_map import consistency_table, guided_velocity, jump_target, jumping, mean_flow_loss
 from diffusion_jax.likelihood import bound_bits, bound_loss, flow_bits, flow_log_density, hybrid_loss, prior_bits
 from diffusion_jax.losses import diffusion_loss, loss_at, min_snr_weight
-from diffusion_jax.mean_flow import consistency_table, guided_velocity, jumping, mean_flow_loss
 from diffusion_jax.mlp import MLP
 from diffusion_jax.optimizers import adam_with_cosine_decay, cosine_decay, muon_with_cosine_decay
 from diffusion_jax.sampling import (
@@ -74,6 +74,7 @@ __all__ = [
     "heun_table",
     "hybrid_loss",
     "inpainting",
+    "jump_target",
     "jumping",
     "linear_schedule",
     "loss_at",

@@ -68,8 +68,8 @@ def main() -> None:
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         require(bool(config.calls) or config.all_steps, "calls", "none", "one or more numbers, or --all-steps")
         run = open_run(config.workdir)
-        num_timesteps, few_calls = run.config.num_timesteps, run.config.loss_type == "mean_flow"
-        require(not (few_calls and config.all_steps), "all_steps", True, "left out for a mean_flow run")
+        num_timesteps, few_calls = run.config.num_timesteps, run.config.few_calls
+        require(not (few_calls and config.all_steps), "all_steps", True, "left out for a run with few calls")
         for calls in config.calls:
             require(1 <= calls <= num_timesteps, "calls", calls, f"between 1 and the run's {num_timesteps} timesteps")
         tables = {

@@ -18,14 +18,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from tqdm import tqdm
 
-from support import model
 from support.command_line import check_values, one_line_errors, parse_command_line, require
 from support.live import PARTS, SHARES, WAYS, Frames, complete, draw_digits, go_between, make_walk
 from support.machine import prepare_machine
 from support.pictures import as_html, tile, to_pixels
 from support.saved_run import Sampler, SavedRun, open_run
 
-CLASSES, CANVAS = list(range(model.NUM_CLASSES)), 280
+CANVAS = 280
 PAUSE = 0.1  # seconds between pictures of one computation, of which each costs the browser some time
 
 
@@ -103,12 +102,12 @@ def make_page(gr: Any, run: SavedRun, walk: Callable) -> Any:
 
 
 def digits_tab(gr: Any, run: SavedRun, walk: Callable) -> None:
-    few_calls, conditional = run.config.loss_type == "mean_flow", run.config.conditional
+    few_calls, conditional, classes = run.config.few_calls, run.config.conditional, list(range(run.config.num_classes))
     samplers = ("ddim", "consistency") if few_calls else get_args(Sampler)
     calls = run.default_calls(run.default_sampler)
     with gr.Row():
         with gr.Column():
-            labels = gr.CheckboxGroup(CLASSES, label="Classes (none: all in turn)", visible=conditional)
+            labels = gr.CheckboxGroup(classes, label="Classes (none: all in turn)", visible=conditional)
             sampler = gr.Dropdown(samplers, value=run.default_sampler, label="Sampler")
             steps = gr.Number(calls, precision=0, label="Sampling timesteps (network calls)")
             guidance = gr.Number(1.0, label="Guidance scale", visible=conditional)
@@ -147,12 +146,12 @@ def completion_tab(gr: Any, run: SavedRun, walk: Callable) -> None:
 
 
 def between_tab(gr: Any, run: SavedRun, walk: Callable) -> None:
-    inputs = []
+    inputs, classes = [], list(range(run.config.num_classes))
     with gr.Row():
         for name, label, seed in (("First", 3, 0), ("Last", 8, 1)):
             with gr.Column():
                 inputs += [
-                    gr.Dropdown(CLASSES, value=label, label=f"{name} class", visible=run.config.conditional),
+                    gr.Dropdown(classes, value=label, label=f"{name} class", visible=run.config.conditional),
                     gr.Number(seed, precision=0, label=f"{name} seed"),
                 ]
     button, picture = gr.Button("Go", variant="primary"), gr.HTML()

@@ -25,7 +25,7 @@ from support.command_line import check_output, check_values, one_line_errors, pa
 from support.data import to_model_input
 from support.machine import prepare_machine, random_key
 from support.pictures import save_rows
-from support.saved_run import Sampler, SavedRun, open_run, solver_table
+from support.saved_run import Sampler, SavedRun, check_denoises, open_run, solver_table
 
 ROUNDS, WAYS = 4, 4
 SHARES = np.linspace(0, 1, 9)
@@ -68,6 +68,7 @@ def main() -> None:
         check_values(config)
         check_output(out, ".png")
         run = open_run(config.workdir)
+        check_denoises(run)
         schedule, num_timesteps = run.schedule, run.config.num_timesteps
         steps = min(100, num_timesteps) if config.sampling_timesteps is None else config.sampling_timesteps
         sampler = config.sampler or ("ddim" if config.what == "interpolate" else "ancestral")

@@ -26,7 +26,7 @@ from support.feature_spaces import feature_spaces
 from support.figures import save_bound_figure
 from support.judging import as_table, comparable, judge, to_bytes
 from support.machine import prepare_machine, random_key
-from support.saved_run import Sampler, SavedRun, check_guidance, open_run, sampler_table
+from support.saved_run import Sampler, SavedRun, check_denoises, check_guidance, open_run, sampler_table
 from support.workdir import one_line_if_unwritable
 
 FLOW_STEPS, FLOW_BATCH, CONVERGED = (32, 64, 128, 256, 512), 50, 0.01  # bits per dimension
@@ -53,7 +53,7 @@ class Config:
     guidance_scale: float = 1.0
     """Classifier-free guidance scale, for conditional runs; their samples cycle through the classes."""
     bound_images: int = 20
-    """Test images for each t of the variational bound (ten times as many at t <= 10); 0 skips the bound."""
+    """Test images for each t of the variational bound (ten times as many at t <= 10); 0 skips it, as does a distilled run."""
     likelihood_images: int = 0
     """Test images for the likelihood by the probability flow; 0 skips it."""
     seed: int = 0
@@ -68,6 +68,7 @@ def main() -> None:
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         run = open_run(config.workdir)
         check_guidance(run, config.guidance_scale)
+        check_denoises(run) if config.likelihood_images else None
         table = sampler_table(config, run)
         train, test = comparable(run.load("train", config.data_dir)), run.load("test", config.data_dir)
         state = run.restore(config.checkpoint)
@@ -83,7 +84,7 @@ def main() -> None:
         **judge(to_bytes(samples, test), train, judged, describe, config.seed, labels if run.config.conditional else None),
     }  # fmt: skip
     bits = None
-    if config.bound_images:
+    if config.bound_images and run.config.loss_type != "distilled":
         bits, results["bits_per_dim_error"] = bound(config, run, state.ema_params, test)
         results["bits_per_dim"] = float(bits.sum())
     with one_line_if_unwritable(run.results):

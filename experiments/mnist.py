@@ -11,7 +11,6 @@ import dataclasses
 import os
 import sys
 import zlib
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,17 +19,17 @@ import numpy as np
 from jaxtyping import Float
 
 import diffusion_jax as dj
-from support import model
+from support import model, objective
 from support.arrays import checksum
 from support.command_line import one_line_errors
 from support.config import MAY_DIFFER, Config, described_by, parse_run
 from support.data import ImageData, load_dataset, to_model_input
-from support.exported import started_from
 from support.image_folder import check_apart
 from support.loop import train_in
 from support.machine import prepare_machine, random_key
 from support.pictures import grid, save_animation
 from support.processes import check_same_everywhere, failing_together, in_turn, is_first_process, join_processes
+from support.saved_run import started_from
 from support.workdir import one_line_if_unwritable, open_workdir
 
 
@@ -42,7 +41,8 @@ def main() -> None:
             config = parse_run(__doc__)
             schedule = model.make_schedule(config)
             table = model.default_table(config, schedule, config.sampling_timesteps)
-            preview_table = model.default_table(config, schedule, min(50, config.num_timesteps))
+            few = model.FEW if config.few_calls else 50
+            preview_table = model.default_table(config, schedule, min(few, config.num_timesteps))
         data = in_turn(lambda: load_dataset(config.dataset, config.data_dir, "train", config.image_size, config.channels))
         with failing_together():
             config = described_by(config, data)
@@ -55,19 +55,19 @@ def main() -> None:
             more = {"num_classes": config.num_classes, "images": config.images}
             moved = set() if config.images is None else {"dataset"}  # the same images may be elsewhere now
             workdir = open_workdir(config, MAY_DIFFER | moved, **more) if is_first_process() else Path(config.workdir)
-            if config.init and is_first_process() and not any((workdir / "checkpoints").glob("[0-9]*")):
-                state = started_from(Path(config.init), config, state)  # the loop gives it to the other processes
+            if config.init and (config.loss_type == "distilled" or not any((workdir / "checkpoints").glob("[0-9]*"))):
+                state = started_from(config.init, config, state)
     if is_first_process():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
 
-    step = model.make_step(config, schedule, data, train_key)
+    step = objective.make_step(config, schedule, data, train_key, state.params)
     sampler, labels = model.make_sampler(config, schedule), model.labels_in_turn(config, config.num_samples)
 
     def preview(state: dj.TrainState) -> np.ndarray:
         return grid(sampler(state.ema_params, preview_table, sample_key, labels))
 
-    state = train_in(workdir, config, state, step, preview, model.first_average(config))
+    state = train_in(workdir, config, state, step, preview)
     path = model.make_sampler(config, schedule, dj.sample_trajectory)(state.ema_params, table, sample_key, labels)
     with one_line_if_unwritable(workdir), failing_together():
         if is_first_process():
@@ -84,7 +84,8 @@ def save_figures(workdir: Path, config: Config, data: ImageData, path: Float[np.
     wrote = ["figure.png", "denoising.gif"]
     if os.path.getsize(workdir / "metrics.csv"):  # otherwise all rows were lost, and the loop has warned
         metrics = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True, ndmin=1)
-        save_training_figure(workdir / "training.png", metrics, partial(model.learning_rate, config))
+        decay = dj.cosine_decay(config.learning_rate, config.iterations, config.warmup)
+        save_training_figure(workdir / "training.png", metrics, decay)
         wrote.append("training.png")
     print(f"wrote {', '.join(wrote)} in {workdir}")
 

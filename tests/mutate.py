@@ -31,7 +31,7 @@ SUITES = {  # the quickest to notice first
     "solvers": "peers sampling paths",
     "likelihood": "likelihood flow_likelihood",
     "editing": "editing",
-    "mean_flow": "mean_flow",
+    "flow_map": "flow_map",
     "optimizers": "optimizers",
 }
 OPERATORS = {

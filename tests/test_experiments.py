@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TINY, final_state, finish, run, start
+from runs import TINY, assert_same_run, final_state, finish, run, start, wait_for
 from tensorboardX.proto.event_pb2 import Event
 
 from diffusion_jax.checkpoints import open_checkpoints
@@ -83,6 +83,27 @@ def test_a_network_goes_to_a_file_and_into_another_run(trained, tmp_path):
     assert "resuming" in run(*command)
     run("sample.py", "--workdir", tuned, "--num-samples", "3", "--out", tmp_path / "2.npy")
     np.testing.assert_allclose(np.load(tmp_path / "2.npy"), np.load(tmp_path / "1.npy"), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_is_distilled_to_few_calls_and_continued(trained, tmp_path):
+    few = tmp_path / "few"
+    command = ["mnist.py", *TINY, "--loss-type", "distilled", "--init", trained, "--learning-rate", "0.01"]
+    run(*command, "--workdir", few)
+    process = start(*command, "--workdir", tmp_path / "again")
+    wait_for(process, (tmp_path / "again" / "checkpoints" / "2").exists)
+    process.kill()
+    finish(process, None)
+    assert "resuming" in run(*command, "--workdir", tmp_path / "again")
+    assert_same_run(few, tmp_path / "again")
+    for calls in "12":
+        said = run(
+            "sample.py", "--workdir", few, "--sampling-timesteps", calls, "--num-samples", "3", "--out", tmp_path / "x.npy"
+        )
+        assert "3 samples at step 8 of 8" in said
+        assert np.isfinite(np.load(tmp_path / "x.npy")).all()
+    said = run("edit.py", "--workdir", few, status=2)
+    assert "--workdir must be a run that is not distilled: this needs x_0_hat at each t" in said
 
 
 LEARNED = ["--sigma-type", "learned", "--loss-type", "hybrid", "--target-type", "pred_v"]

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import diffusion_jax as dj
-from support import model
+from support import model, objective
 from support.batches import training_step
 from support.classifier import Classifier
 from support.config import PRESETS
@@ -47,7 +47,7 @@ def assert_made_for_accelerators(program: str, custom_calls: tuple[str, ...] = (
 
 def step_and_operands(config):
     """The training step of a state's leaves, since JAX's export puts things into a state that the tests' type checks refuse."""
-    step = training_step(model.make_loss(config, SCHEDULE), jax.random.key(0), 8, 0.0)
+    step = training_step(objective.make_loss(config, SCHEDULE), jax.random.key(0), 8, 0.0)
     leaves, structure = jax.tree.flatten(STATE if config.network == "unet" else model.initial_state(config, jax.random.key(0)))
 
     def step_of_leaves(leaves, *batch, mean_over_devices):

@@ -16,8 +16,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from support import model
 from support.config import Config
-from support.exported import read_params, started_from, write_model
-from support.saved_run import TRAINED, open_run, solver_table
+from support.exported import read_params, write_model
+from support.saved_run import TRAINED, open_run, solver_table, started_from
 
 CONFIG = Config(embed_dim=4, dim_scales=(1,), num_timesteps=12)
 
@@ -79,7 +79,7 @@ def test_a_file_and_its_run_draw_the_same_samples(tmp_path, params):
 def test_a_run_may_start_from_a_file(tmp_path, params):
     file = tmp_path / "net.safetensors"
     write_model(file, CONFIG, params, 7, np.float32)
-    state = started_from(file, CONFIG, model.initial_state(CONFIG, jax.random.key(0)))
+    state = started_from(str(file), CONFIG, model.initial_state(CONFIG, jax.random.key(0)))
     equal(state.params, params)
     equal(state.ema_params, params)
     assert int(state.step) == 0
@@ -91,8 +91,10 @@ def test_a_run_does_not_start_from_a_network_with_another_target(tmp_path, param
     file = tmp_path / "net.safetensors"
     write_model(file, CONFIG, params, 7, np.float32)
     config = dataclasses.replace(CONFIG, target_type="pred_v")
-    with pytest.raises(ValueError, match=r"--init must be a network with this run's target_type pred_v, and .* has pred_x_0"):
-        started_from(file, config, model.initial_state(config, jax.random.key(0)))
+    with pytest.raises(
+        ValueError, match=r"--init must be a network with this run's target_type pred_v, not pred_x_0, got .*net.safetensors"
+    ):
+        started_from(str(file), config, model.initial_state(config, jax.random.key(0)))
 
 
 def test_options_that_are_newer_than_the_file_have_the_value_that_describes_it(tmp_path, params):

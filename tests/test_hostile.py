@@ -36,6 +36,10 @@ def as_users_have_it():
 
 WRONG = {
     "noise that would be broadcast": (lambda: dj.q_sample(SCHEDULE, X, T, X[:, :1]), r"eps must have the shape of .* \(4, 2\)"),
+    "a point that would be broadcast": (
+        lambda: dj.jump_target(SCHEDULE, X, T, X[:, :1], T),
+        r"x_s must have the shape of .* \(4, 2\)",
+    ),
     "a network of too few channels": (
         lambda: dj.diffusion_loss(SCHEDULE, lambda x, t: x[:, :1], X, KEYS),
         r"prediction must have the shape of the data, \(4, 2\), got \(4, 1\)",

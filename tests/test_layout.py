@@ -28,7 +28,7 @@ def imported_modules(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["schedules", "diffusion", "losses", "sampling", "solvers", "likelihood", "editing", "mean_flow"]
+    "module", ["schedules", "diffusion", "losses", "sampling", "solvers", "likelihood", "editing", "flow_map"]
 )
 def test_the_mathematics_knows_no_network_optimizer_checkpoint_or_data_set(module):
     forbidden = ("flax", "optax", "orbax", "tensorflow")

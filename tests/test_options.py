@@ -12,10 +12,9 @@ import pytest
 import diffusion_jax as dj
 import mixture
 from edit import SAMPLERS_FOR, interpolate
-from support import model, vectors
+from support import model, objective, vectors
 from support.batches import training_step
 from support.config import Config, check
-from support.data import ImageData
 from support.saved_run import Sampler, open_run, solver_table
 from support.workdir import ADDED
 
@@ -40,7 +39,7 @@ def test_a_step_and_samples_on_every_path(path, target_type, time_input, density
     check(config)
     schedule, state = model.make_schedule(config), model.initial_state(config, jax.random.key(0))
     step = jax.jit(
-        training_step(model.make_loss(config, schedule), jax.random.key(1), 8, 0.0), static_argnames="mean_over_devices"
+        training_step(objective.make_loss(config, schedule), jax.random.key(1), 8, 0.0), static_argnames="mean_over_devices"
     )
     images, examples = jnp.full((8, 28, 28, 1), 200, jnp.uint8), jnp.arange(8, dtype=jnp.int32)
     trained, metrics = step(state, (images, examples), examples, examples, mean_over_devices=same)
@@ -65,7 +64,7 @@ def test_a_mean_flow_run_trains_and_samples_by_jumps():
     check(config)
     schedule, state = model.make_schedule(config), model.initial_state(config, jax.random.key(0))
     step = jax.jit(
-        training_step(model.make_mean_flow_loss(config, schedule, True), jax.random.key(1), 8, 0.0),
+        training_step(objective.make_mean_flow_loss(config, schedule), jax.random.key(1), 8, 0.0),
         static_argnames="mean_over_devices",
     )
     images, examples = jnp.full((8, 28, 28, 1), 200, jnp.uint8), jnp.arange(8, dtype=jnp.int32)
@@ -83,20 +82,46 @@ def test_a_mean_flow_run_trains_and_samples_by_jumps():
         assert np.isfinite(draw(state.ema_params, table, key, np.arange(4))).all()
 
 
-def test_the_first_half_of_a_mean_flow_run_trains_the_velocity(monkeypatch):
-    def loss_of_kind(config, schedule, averages):
-        return lambda params, batch, keys: params["w"] + (2.0 if averages else 1.0)
+def test_a_distilled_run_learns_jumps_between_the_points_of_a_trajectory(monkeypatch):
+    """All x_t = noise_t times one image belong to the data 0, which a network that is 0 predicts."""
+    config = dataclasses.replace(CONFIG, loss_type="distilled", init="a run", num_timesteps=500)
+    check(config)
+    schedule, seen = model.make_schedule(config), []
 
-    monkeypatch.setattr(model, "make_mean_flow_loss", loss_of_kind)
-    config = dataclasses.replace(CONFIG, loss_type="mean_flow", iterations=5)
-    data = ImageData("digits", np.zeros((8, 28, 28, 1), np.uint8), np.zeros(8, np.int64))
-    step = model.make_step(config, model.make_schedule(config), data, jax.random.key(0))
-    losses = []
-    for number in range(5):
-        state = dj.create_train_state(lambda: None, {"w": jnp.zeros(())}, dj.adam_with_cosine_decay(1e-3, 8))
-        losses.append(float(step(state, number)[1]["loss"]))
-    assert losses == [1, 1, 2, 2, 2]
-    assert model.first_average(config) == 2
+    def two_times(config, params, labels):
+        def network(x_t, t, s):
+            seen.append((np.asarray(t), np.asarray(s)))
+            np.testing.assert_allclose(x_t.std((1, 2, 3)), schedule.at(t)[1], rtol=1e-3)
+            return 0 * x_t
+
+        return network
+
+    monkeypatch.setattr(model, "two_times", two_times)
+    times = np.append(0, objective.teacher_table(schedule).t[::-1])
+    image = np.random.default_rng(0).normal(size=(1, 1, 8, 8, 1))
+    paths = np.repeat((schedule.at(times)[1][None, :, None, None, None] * image / image.std()).astype(np.float16), 999, 0)
+    keys, u = jax.random.split(jax.random.key(0), 999), (np.arange(999, dtype=np.float32) + 0.5) / 999
+    loss = objective.make_distilled_loss(config, schedule)({}, ((jnp.asarray(paths), jnp.zeros(999, int)), u), keys)
+    assert loss.shape == (999, 8, 8, 1)
+    assert loss.max() < 1e-3
+    t, s = seen[0]
+    assert (s < t).all()
+    assert set(np.float32(times)) == {*t, *s}
+    assert (t == 500).sum() == 333 + 67  # a third, and a tenth of the others
+    assert 0.4 < (s == 0).mean() < 0.65
+
+
+def test_trajectories_are_the_samples_of_the_teacher_and_the_way_to_them():
+    config = dataclasses.replace(CONFIG, loss_type="distilled", init="a run", conditional=True)
+    teacher = dataclasses.replace(config, loss_type="l2")
+    schedule, params = model.make_schedule(config), model.initial_state(teacher, jax.random.key(0)).params
+    paths, labels = objective.trajectories(config, schedule, params, jax.random.key(1))
+    assert paths.shape == (64, 11, 32, 32, 1)
+    np.testing.assert_array_equal(labels[:13], [*range(11), 0, 1])
+    draw, table = model.make_sampler(teacher, schedule), objective.teacher_table(schedule)
+    samples = draw(params, table, jax.random.key(1), labels)
+    np.testing.assert_allclose(np.clip(paths[:, 0], -1, 1), samples, atol=2e-3)
+    assert 0.98 < paths[:, -1].astype(np.float32).std() < 1.02
 
 
 def same(tree):
@@ -123,7 +148,7 @@ def test_a_step_gives_the_loss_numbers_that_are_spread_evenly():
 @pytest.mark.parametrize("stratified", [True, False])
 def test_times_depend_on_these_numbers_only_if_stratified(stratified):
     config = dataclasses.replace(CONFIG, stratified=stratified, target_type="pred_v")  # a target that depends on t
-    loss_fn = model.make_loss(config, model.make_schedule(config))
+    loss_fn = objective.make_loss(config, model.make_schedule(config))
     params = model.initial_state(config, jax.random.key(0)).params
     rows = jnp.full((8, 28, 28, 1), 200, jnp.uint8), jnp.arange(8, dtype=jnp.int32)
     early, late = (loss_fn(params, (rows, jnp.full(8, u)), jax.random.split(jax.random.key(1), 8)) for u in (0.1, 0.9))

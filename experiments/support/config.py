@@ -79,15 +79,15 @@ class Diffusion:
     time_input: Literal["t", "log_snr"] = "t"
     """Time input of the network. With log_snr it can also sample on other paths (from Python)."""
     time_density: TimeDensity = "uniform"
-    """Distribution of t with l2 and l1 losses, and of the velocity's t with mean_flow; other losses have their own."""
+    """Distribution of t with l2, l1 and mean_flow losses; other losses have their own."""
     stratified: bool = False
     """Stratify t over each batch."""
     sigma_type: SigmaType = "upper_bound"
     """Variance of ancestral sampling. learned needs a hybrid or bound loss and a target other than pred_x_0."""
-    loss_type: Literal["l2", "l1", "hybrid", "bound", "mean_flow"] = "l2"
-    """l2, l1; hybrid or bound for learned variances (Nichol & Dhariwal 2021); mean_flow for few steps (Geng et al. 2025)."""
+    loss_type: Literal["l2", "l1", "hybrid", "bound", "distilled", "mean_flow"] = "l2"
+    """l2, l1; hybrid or bound for learned variances; for one to four calls, distilled (from --init) or mean_flow."""
     training_guidance: float = 1.0
-    """Guidance scale in the target of the mean_flow loss, for conditional runs."""
+    """Guidance scale in the target of distilled and mean_flow losses, for conditional runs."""
     loss_weighting: Literal["none", "min_snr"] = "none"
     """Weights of the timesteps: none, or min_snr (Hang et al. 2023). Not used by the bound loss."""
 
@@ -105,7 +105,7 @@ class Training:
     warmup: int = 0
     """Warm-up steps of the learning rate, at most half of all steps."""
     init: str | None = None
-    """Network to start from, a file of export.py; by default random parameters."""
+    """Network to start from, a run's folder or a file of export.py; by default random parameters."""
     ema_decay: float = 0.0
     """Decay of the parameters' moving average, which is used for sampling; 0 uses the last parameters."""
 
@@ -125,6 +125,11 @@ class Output:
 @dataclasses.dataclass(frozen=True)
 class Config(Output, Training, Diffusion, Network, Data, Run):
     """All options of a run. The base classes are the groups of --help."""
+
+    @property
+    def few_calls(self) -> bool:
+        """Whether the network takes two times and samples with few calls."""
+        return self.loss_type in ("distilled", "mean_flow")
 
 
 MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples", "distributed"}
@@ -186,7 +191,7 @@ def choose_preset(args: list[str]) -> str:
 def check(config: Config) -> None:
     """Raise ValueError on the first invalid value or combination."""
     check_values(config)
-    losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1", "mean_flow")
+    losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1", "distilled", "mean_flow")
     scaled = config.sigma_type != "learned" or config.target_type != "pred_x_0"
     require(scaled, "target_type", config.target_type, "other than pred_x_0 with --sigma-type learned")
     weighted = config.loss_weighting != "none" and config.loss_type == "bound"
@@ -196,10 +201,12 @@ def check(config: Config) -> None:
     bounded = config.noise_schedule_type != "ve" or config.target_type != "pred_v"
     require(bounded, "target_type", config.target_type, "other than pred_v with ve, where it grows with the noise")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")
-    if config.loss_type == "mean_flow":
-        wanted = {"noise_schedule_type": "flow", "target_type": "pred_u", "loss_weighting": "none", "time_input": "t"}
-        for name, value in wanted.items():
-            require(getattr(config, name) == value, name, getattr(config, name), f"{value} with --loss-type mean_flow")
-    guided, allowed = config.training_guidance != 1, config.conditional and config.loss_type == "mean_flow"
-    wanted = "1 without --conditional and --loss-type mean_flow"
+    wanted = {"mean_flow": {"noise_schedule_type": "flow", "target_type": "pred_u"}}.get(config.loss_type, {})
+    if config.few_calls:
+        for name, value in {"loss_weighting": "none", "time_input": "t", **wanted}.items():
+            require(getattr(config, name) == value, name, getattr(config, name), f"{value} with --loss-type {config.loss_type}")
+    taught = config.loss_type != "distilled" or config.init is not None
+    require(taught, "init", config.init, "the network to learn from, with --loss-type distilled")
+    guided, allowed = config.training_guidance != 1, config.conditional and config.few_calls
+    wanted = "1 without --conditional and a --loss-type for few calls"
     require(allowed or not guided, "training_guidance", config.training_guidance, wanted)

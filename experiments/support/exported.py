@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -13,11 +12,8 @@ from jaxtyping import DTypeLike, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
-from diffusion_jax.training import TrainState
-
 SUFFIX = ".safetensors"
 NEEDED = "a trained network must be in a file of experiments/export.py"
-SAME = ("target_type", "noise_schedule_type", "num_timesteps", "time_input")
 
 
 def write_model(file: Path, config: Any, params: PyTree, step: int, dtype: DTypeLike) -> None:
@@ -26,20 +22,6 @@ def write_model(file: Path, config: Any, params: PyTree, step: int, dtype: DType
     new = file.with_name(f"{file.name}.new")
     new.write_bytes(save(tensors, {"config": json.dumps(dataclasses.asdict(config)), "step": str(step)}))
     new.replace(file)
-
-
-def started_from(file: Path, config: Any, state: TrainState) -> TrainState:
-    """The state before the first step, with the parameters in the file.
-
-    Raises ValueError as the two functions below do, and unless the network there had the same inputs and target.
-    """
-    options = read_options(file)
-    for name in SAME:
-        theirs, wanted = options.get(name), getattr(config, name)
-        if theirs != wanted:
-            raise ValueError(f"--init must be a network with this run's {name} {wanted}, and {file} has {theirs}")
-    params = jax.tree.map(jnp.asarray, read_params(file, state.params)[0])
-    return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
 def read_options(file: Path) -> dict[str, Any]:

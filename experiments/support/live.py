@@ -16,7 +16,7 @@ from support import model
 from support.command_line import check_values, require
 from support.data import to_model_input
 from support.machine import random_key
-from support.saved_run import Sampler, SavedRun, check_guidance, sampler_table, solver_table
+from support.saved_run import Sampler, SavedRun, check_denoises, check_guidance, sampler_table, solver_table
 
 COUNT, WAYS = 20, 4
 STEPS, ROUNDS = 16, 4  # of a completion: 61 network calls
@@ -42,7 +42,7 @@ def make_walk(run: SavedRun, params: PyTree) -> Callable:
 
     A step is one compiled program for all tables. A mean_flow network predicts averages, but the velocity to inpaint.
     """
-    params, few_calls = jax.device_put(params), run.config.loss_type == "mean_flow"
+    params, few_calls = jax.device_put(params), run.config.few_calls
 
     @jax.jit
     def step(params, row, jumps, state, keys, number, wish):
@@ -52,7 +52,7 @@ def make_walk(run: SavedRun, params: PyTree) -> Callable:
 
     def walk(table: dj.SamplerTable, seed: int, wish: Wish, start: Array | None = None) -> Frames:
         keys = dj.example_keys(random_key(seed), jnp.arange(len(wish.labels)))
-        state = first_state(table, keys, model.IMAGE_SHAPE, start)
+        state = first_state(table, keys, model.image_shape(run.config), start)
         jumps = dj.padded(table, run.config.num_timesteps) if few_calls and wish.given is False else None
         for number in range(len(table.t)):
             row = jax.tree.map(lambda column, number=number: column[number].astype(np.float32), table)
@@ -76,6 +76,7 @@ def draw_digits(
 def complete(run: SavedRun, walk: Callable, drawing: UInt8[np.ndarray, "H W"] | None, part: str, seed: int) -> Frames:
     """What is given of a drawing, dark on white, and ways to go on. Raises ValueError if that part is empty."""
     check_numbers(seed=seed)
+    check_denoises(run)
     blank = np.full((28, 28), 255, np.uint8)
     ink = 255 - np.asarray(Image.fromarray(blank if drawing is None else drawing).resize((28, 28), Image.Resampling.BOX))
     x_0 = np.asarray(to_model_input(jnp.asarray(ink)[None, :, :, None]))
@@ -83,7 +84,7 @@ def complete(run: SavedRun, walk: Callable, drawing: UInt8[np.ndarray, "H W"] | 
     given = {"left half": across < 16, "upper half": down < 16, "only the ink": x_0 > 0}[part]
     require(bool(np.any(given & (x_0 > 0))), "drawing", "no ink there", f"a part of a digit (given: {part})")
     table = dj.resampled(run.schedule, solver_table("ancestral", run.schedule, min(STEPS, run.config.num_timesteps)), ROUNDS)
-    path = walk(table, seed, Wish(np.full(WAYS, model.NUM_CLASSES), known=x_0, given=given))
+    path = walk(table, seed, Wish(np.full(WAYS, run.config.num_classes), known=x_0, given=given))
     shown = np.where(given, x_0, -0.5)
     return ((number, steps, np.concatenate([shown, x_t])) for number, steps, x_t in path)
 
@@ -94,10 +95,10 @@ def go_between(run: SavedRun, walk: Callable, first: int, first_seed: int, last:
     check_numbers(seed=last_seed)
     table = table_of(run)
     keys = [dj.example_keys(random_key(seed), jnp.arange(1)) for seed in (first_seed, last_seed)]
-    ends = [first_state(table, key, model.IMAGE_SHAPE)[0][0] for key in keys]
+    ends = [first_state(table, key, model.image_shape(run.config))[0][0] for key in keys]
     x_t = jnp.stack([dj.spherical(ends[0], ends[1], share) for share in SHARES])
     if not run.config.conditional:
-        return walk(table, 0, Wish(np.full(len(SHARES), model.NUM_CLASSES)), x_t)
+        return walk(table, 0, Wish(np.full(len(SHARES), run.config.num_classes)), x_t)
     firsts, lasts = (np.full(len(SHARES), label) for label in (first, last))
     return walk(table, 0, Wish(lasts, SHARES[:, None, None, None], firsts), x_t)
 

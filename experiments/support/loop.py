@@ -34,12 +34,10 @@ def train_in(
     state: TrainState,
     step_fn: Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]],
     draw: Callable[[TrainState], np.ndarray] | None = None,
-    unjudged: int = 0,
 ) -> TrainState:
     """Continue from the newest whole checkpoint, or from `state`, to `config.iterations` steps; each is `step_fn(state, step)`.
 
-    With `draw`, a picture of samples is written every `config.sample_every` steps but the last. The loss of the first
-    `unjudged` steps does not choose the best checkpoint.
+    With `draw`, a picture of samples is written every `config.sample_every` steps but the last.
     Rows of metrics.csv past the checkpoint that a run resumes from are dropped, so it has each step once however often the run
     was stopped. Ctrl-C and SIGTERM save and exit with 128 and the signal's number. A loss or gradient that is not finite exits
     with 1, and no state past it is saved; so does a full disk.
@@ -53,7 +51,7 @@ def train_in(
         state = from_first_process(state)
         if state.step and is_first_process():
             print(f"resuming {workdir} at step {state.step} of {config.iterations}", file=sys.stderr)
-        with contextlib.closing(Record(workdir, config, checkpoints, int(state.step), unjudged)) as record:
+        with contextlib.closing(Record(workdir, config, checkpoints, int(state.step))) as record:
             state = run_steps(config, state, step_fn, draw, record, requests)
         with failing_together():
             checkpoints.wait_until_finished() if checkpoints else None

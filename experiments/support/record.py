@@ -21,11 +21,11 @@ class Record:
     """The record of a run that starts at step `start`. Metrics are kept on the device until `write`.
 
     `config` has iterations, checkpoint_every and seed. A checkpoint has the mean loss since the one before it, unless it was
-    saved early, since a mean of fewer steps might be the best by chance, or includes steps up to `unjudged`.
+    saved early, since a mean of fewer steps might be the best by chance.
     """
 
-    def __init__(self, workdir: Path, config: Any, checkpoints: ocp.CheckpointManager | None, start: int, unjudged: int = 0):
-        self.workdir, self.config, self.checkpoints, self.unjudged = workdir, config, checkpoints, unjudged
+    def __init__(self, workdir: Path, config: Any, checkpoints: ocp.CheckpointManager | None, start: int):
+        self.workdir, self.config, self.checkpoints = workdir, config, checkpoints
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.losses: list[float] = []
         with failing_together():
@@ -59,7 +59,7 @@ class Record:
                 self.checkpoints.check_for_errors()
             check_finite(rows, self.workdir, self.config.seed)
             if saves and self.checkpoints:
-                whole = len(self.losses) == self.config.checkpoint_every <= rows[-1]["step"] - self.unjudged
+                whole = len(self.losses) == self.config.checkpoint_every
                 save(self.checkpoints, state, loss=sum(self.losses) / len(self.losses) if whole else None)
         self.losses = [] if saves else self.losses
 

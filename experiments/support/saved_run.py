@@ -7,8 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from beartype.door import is_bearable
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Key, PyTree
 from tqdm import tqdm
 
@@ -23,6 +26,7 @@ from support.machine import random_key
 from support.workdir import read_config, with_added
 
 BATCH = 256
+SAME = ("target_type", "noise_schedule_type", "num_timesteps", "time_input")  # of a network and the one that it starts from
 DEFAULT_WORKDIR, TRAINED = "runs/mnist", Path(__file__).parents[1] / "mnist.safetensors"
 Sampler = Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis", "consistency"]
 
@@ -41,11 +45,11 @@ class SavedRun(NamedTuple):
 
     @property
     def default_sampler(self) -> Sampler:
-        return "ddim" if self.config.loss_type == "mean_flow" else "unipc"
+        return "ddim" if self.config.few_calls else "unipc"
 
     def default_calls(self, sampler: Sampler) -> int:
         most = self.config.num_timesteps
-        return most if sampler == "ancestral" else min(4 if self.config.loss_type == "mean_flow" else 20, most)
+        return most if sampler == "ancestral" else min(model.FEW if self.config.few_calls else 20, most)
 
     def restore(self, checkpoint: str) -> dj.TrainState:
         """The state at the "newest" or "best" checkpoint. A file holds one state. Raises ValueError if there is none."""
@@ -120,6 +124,24 @@ def open_run(workdir: str | None) -> SavedRun:
     return SavedRun(workdir, config, model.make_schedule(config))
 
 
+def started_from(init: str, config: Config, state: dj.TrainState) -> dj.TrainState:
+    """The state before the first step, with the parameters of the network in `init`; one that takes two times has more.
+
+    Raises ValueError as `open_run` does, and unless the network there has the same inputs, target and shapes.
+    """
+    run = open_run(init)
+    for name in SAME:
+        theirs, wanted = getattr(run.config, name), getattr(config, name)
+        require(theirs == wanted, "init", init, f"a network with this run's {name} {wanted}, not {theirs}")
+    arrays: list[Any] = [flatten_dict(params) for params in (run.restore("newest").ema_params, state.params)]
+    theirs, own = arrays
+    for name, x in {**own, **theirs}.items():
+        fits = name in own and own[name].shape == x.shape and (name in theirs or (config.few_calls and "interval" in name))
+        require(fits, "init", init, f"a network of this run's shapes, and {'/'.join(name)} differs")
+    params = jax.tree.map(jnp.asarray, unflatten_dict({**own, **theirs}))
+    return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+
+
 def is_file(workdir: str) -> bool:
     return str(workdir).lower().endswith(SUFFIX)
 
@@ -157,15 +179,20 @@ def solver_table(
 
 def sampler_table(config: Any, run: SavedRun) -> dj.SamplerTable:
     """The table for the options sampler, spacing, eta and sampling_timesteps."""
-    few_calls, sampler = run.config.loss_type == "mean_flow", config.sampler or run.default_sampler
+    few_calls, sampler = run.config.few_calls, config.sampler or run.default_sampler
     jumps = sampler in ("ddim", "consistency")
-    require(jumps or not few_calls, "sampler", sampler, "ddim or consistency for a mean_flow run")
-    require(not few_calls or config.eta == 0, "eta", config.eta, "0 for a mean_flow run")
+    require(jumps or not few_calls, "sampler", sampler, "ddim or consistency for a run with few calls")
+    require(not few_calls or config.eta == 0, "eta", config.eta, "0 for a run with few calls")
     require(0 <= config.eta <= 1, "eta", config.eta, "between 0 and 1")
     takes_eta = sampler in ("ddim", "dpm_solver", "dpm_solver_3m")
     require(takes_eta or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim, dpm_solver or dpm_solver_3m")
     calls = run.default_calls(sampler) if config.sampling_timesteps is None else config.sampling_timesteps
     return solver_table(sampler, run.schedule, calls, config.spacing, run.config.sigma_type, config.eta)
+
+
+def check_denoises(run: SavedRun) -> None:
+    allowed = "a run that is not distilled: this needs x_0_hat at each t, and not only where a few steps lead"
+    require(run.config.loss_type != "distilled", "workdir", run.workdir, allowed)
 
 
 def check_guidance(run: SavedRun, scale: float) -> None:

@@ -145,3 +145,37 @@ def test_a_prediction_of_another_shape_is_refused():
     x_0, t = jnp.zeros((2, 3)), jnp.ones(2)
     with pytest.raises(ValueError, match=r"prediction must have the shape of the data, \(2, 3\), got \(2, 1\)"):
         dj.mean_flow_loss(T, lambda x, t, s: x[:, :1], x_0, t, t, x_0)
+
+
+PATHS = {"cosine": dj.cosine_schedule(T), "flow": FLOW, "exploding": dj.variance_exploding_schedule(T)}
+
+
+def on_the_flow(schedule, x_t, t, s):
+    """x_s on the probability flow of data N(M, V), which scales the distance from the mean."""
+    (signal_t, noise_t), (signal_s, noise_s) = ([jnp.asarray(c)[:, None] for c in schedule.at(time)] for time in (t, s))
+    deviation_t, deviation_s = (jnp.sqrt(a**2 * V + b**2) for a, b in ((signal_t, noise_t), (signal_s, noise_s)))
+    return M * signal_s + (x_t - M * signal_t) * deviation_s / deviation_t
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_target_of_a_jump_takes_noise_exactly_to_the_data_on_every_path(path, calls, keys):
+    schedule = PATHS[path]
+    table = dj.ddim_table(schedule, 0.0, calls)
+
+    def network(x_t, t, s):
+        x_s = on_the_flow(schedule, x_t, np.asarray(t), np.asarray(s))
+        return dj.jump_target(schedule, x_t, t, x_s.astype(x_t.dtype), s)
+
+    x_t = jnp.asarray(schedule.noise[-1], jnp.float32) * jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+    begin, predict = x_t, dj.jumping(network, table)
+    for number, t in enumerate(table.t):
+        x_t = table.a[number] * x_t + table.b[number] * predict(x_t, jnp.full(len(x_t), t, jnp.float32))
+    expected = on_the_flow(schedule, begin, np.full(8, T), np.zeros(8))
+    np.testing.assert_allclose(x_t, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_target_of_a_jump_is_written_out():
+    """On the flow with T = 8, from t = 6 to s = 2: a = 1 / 3, b = 3/4 - 1/12 = 2/3."""
+    x_0 = dj.jump_target(FLOW, jnp.array([[3.0]]), jnp.array([6]), jnp.array([[2.0]]), jnp.array([2]))
+    np.testing.assert_allclose(x_0, [[1.5]], rtol=1e-6)

@@ -1,13 +1,18 @@
-"""MeanFlow [Geng et al. 2025]: a network of two times, t and s, that steps from t to any earlier s in one call.
+"""Flow maps: networks of two times, t and s, that step from t to any earlier s in one call.
 
-On rectified flow, x_t = (1 - t/T) x_0 + (t/T) eps has the velocity T dx_t/dt = eps - x_0. Let v be its mean given x_t. The
-network predicts the average of v along the flow between s and t,
+Such a network predicts the x_0_hat whose DDIM step ends where the flow through x_t is at s, or another target in its place:
 
-    u(x_t, t, s) = 1 / (t - s) integral_s^t v(x_r, r) dr,   x_s = x_t - (t - s) / T u(x_t, t, s)      (19)
+    x_s = a x_t + b x_0_hat(x_t, t, s),   a = noise_s / noise_t,   b = signal_s - a signal_t          (19)
+
+`jump_target` gives it from two points of a trained network's flow. MeanFlow [Geng et al. 2025] needs only data, on rectified
+flow, x_t = (1 - t/T) x_0 + (t/T) eps, where T dx_t/dt = eps - x_0. Let v be its mean given x_t. The target "pred_u" of (19) is
+the average of v along the flow,
+
+    u(x_t, t, s) = 1 / (t - s) integral_s^t v(x_r, r) dr,   x_s = x_t - (t - s) / T u(x_t, t, s)      (20)
 
 which is v itself for s = t. Differentiating (t - s) u with respect to t along the flow gives the identity for training:
 
-    u = v - (t - s) du/dt,   du/dt = v / T grad_x u + partial_t u                                     (20)
+    u = v - (t - s) du/dt,   du/dt = v / T grad_x u + partial_t u                                     (21)
 """
 
 from collections.abc import Callable
@@ -18,13 +23,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
-from diffusion_jax.diffusion import Predict, as_column, check_shape, q_sample
+from diffusion_jax.diffusion import Predict, as_column, check_shape, q_sample, signal_and_noise
 from diffusion_jax.sampling import SamplerTable, Steps, as_times, make_table
 from diffusion_jax.schedules import NoiseSchedule, flow_schedule
 
 Network = Callable[[Array, Array, Array], Array]
-"""network(x_t, t, s) -> u of eq. 19, of x_t's shape, for 0 <= s <= t <= T."""
+"""network(x_t, t, s) -> the prediction, of x_t's shape, for 0 <= s <= t <= T."""
 SMALL = 1e-3
+
+
+def jump_target(
+    schedule: NoiseSchedule,
+    x_t: Float[Array, "B *shape"],
+    t: Real[Array, " B"],
+    x_s: Float[Array, "B *shape"],
+    s: Real[Array, " B"],
+) -> Float[Array, "B *shape"]:
+    """The x_0_hat whose step leads from x_t to x_s (eq. 19); NaN where s = t. Raises ValueError unless x_s has x_t's shape."""
+    check_shape("x_s", x_s, x_t)
+    (signal_t, noise_t), (signal_s, noise_s) = (signal_and_noise(schedule, time, x_t) for time in (t, s))
+    a = noise_s / noise_t
+    return ((x_s - a * x_t) / (signal_s - a * signal_t)).astype(x_t.dtype)
 
 
 def mean_flow_loss(
@@ -37,7 +56,7 @@ def mean_flow_loss(
     velocity: Callable[[Array, Array, Array], Array] | None = None,
     power: float = 1.0,
 ) -> Float[Array, "B *shape"]:
-    """The squared distance between u(x_t, t, s) and the right side of eq. 20, which is held constant. Unreduced.
+    """The squared distance between u(x_t, t, s) and the right side of eq. 21, which is held constant. Unreduced.
 
     `adaptively_weighted` weights its gradient. The velocity v is eps - x_0, or what `velocity(x_t, t, eps - x_0)` returns
     if given: for example the velocity of a trained flow, to distill it, or one with guidance.
@@ -70,18 +89,18 @@ def guided_velocity(network: Network, scale: float) -> Callable[[Array, Array, A
 
 
 def jumping(network: Network, table: SamplerTable) -> Predict:
-    """predict(x_t, t) = u(x_t, t, s) with the target "pred_u", where the row of `table` at t leads to s.
+    """predict(x_t, t) = network(x_t, t, s), where the row of `table` at t leads to s.
 
-    The table is `ddim_table` with eta = 0 or `consistency_table`, on rectified flow. There s = a t: DDIM takes eq. 19 from each
-    time to the next, and a consistency step has a = 0, so it predicts the data. At other times than the table's the result is
-    NaN. Do not clip x_0_hat, which is an image only if s = 0.
+    The table is `ddim_table` with eta = 0, whose steps are those of eq. 19, or `consistency_table`, where s = 0 since its steps
+    need the data. At other times than the table's the result is NaN. Do not clip x_0_hat: it is an image only if s = 0.
     """
 
     def predict(x_t: Float[Array, "B *shape"], t: Real[Array, " B"]) -> Any:
-        at, a = (jnp.asarray(column, jnp.float32)[None] for column in (table.t, table.a))
-        here = at == t[:, None]
-        share = jnp.where(here.any(axis=1), jnp.where(here, a, 0.0).max(axis=1), jnp.nan)
-        return network(x_t, t, share * t)
+        times, a = (jnp.asarray(column, jnp.float32) for column in (table.t, table.a))
+        following = jnp.where(a == 0, 0.0, jnp.append(times[1:], jnp.float32(0.0)))
+        here = times[None] == t[:, None]
+        s = jnp.where(here.any(axis=1), jnp.where(here, following[None], 0.0).max(axis=1), jnp.nan)
+        return network(x_t, t, s)
 
     return predict
 

@@ -1,0 +1,137 @@
+"""What a run trains on: the loss of each loss_type, and the step that takes its gradient."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float16, Int, Key, PyTree
+from tqdm import tqdm
+
+import diffusion_jax as dj
+from diffusion_jax.flow_map import guided_velocity, jump_target, mean_flow_loss
+from diffusion_jax.losses import draw_times, time_density
+from support import batches, model
+from support.config import Config
+from support.data import ImageData, to_model_input
+from support.saved_run import solver_table
+
+INSTANTANEOUS = 0.5  # fraction of the examples of a mean_flow run with s = t
+TRAJECTORIES, CALLS, BATCH = 8192, 10, 256  # of the network that a distilled run learns from
+
+
+def make_step(
+    config: Config, schedule: dj.NoiseSchedule, data: ImageData, key: Key[Array, ""], initial: PyTree = None
+) -> Callable:
+    """step(state, number) -> (state, metrics), on all devices; see `batches.make_step`.
+
+    A distilled run does not train on `data` but on trajectories of the network with its initial parameters.
+    """
+    if config.loss_type == "distilled":
+        loss = make_distilled_loss(config, schedule)
+        arrays = trajectories(config, schedule, initial, jax.random.fold_in(key, config.iterations))  # no step has this key
+    else:
+        make = make_mean_flow_loss if config.loss_type == "mean_flow" else make_loss
+        loss, arrays = make(config, schedule), (data.images, data.labels.astype(np.int32))
+    return batches.make_step(loss, batches.placed(arrays), key, config.seed, config.batch_size, config.ema_decay)
+
+
+def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
+    """loss_fn(params, ((images, labels), u), keys) -> the loss of each example. u determines t if the run is stratified."""
+    weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
+    losses = {
+        "hybrid": partial(dj.hybrid_loss, weight=weight),
+        **{name: partial(dj.diffusion_loss, loss_type=name, weight=weight) for name in ("l2", "l1")},
+    }
+    # the bound within the hybrid loss is right for uniform t only
+    drawn_by_keys = config.loss_type == "hybrid" or (config.time_density == "uniform" and not config.stratified)
+    probabilities = time_density(schedule, config.time_density)
+
+    def loss_fn(params, batch, keys):
+        (images, labels), u = batch
+        x_0 = to_model_input(images, config.image_size)
+        predict = model.apply_to(config, schedule, params, with_dropout(config, labels, keys))
+        if config.loss_type == "bound":
+            return dj.bound_loss(schedule, predict, x_0, keys, config.target_type)
+        if not config.stratified:
+            u = uniform(keys, 3)
+        t = None if drawn_by_keys else draw_times(probabilities, u)
+        return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type, t=t)
+
+    return loss_fn
+
+
+def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
+    """As `make_loss`. Of two times, t is the larger; s is t, or for half of the examples, before the smaller one."""
+    probabilities = time_density(schedule, config.time_density)
+
+    def loss_fn(params, batch, keys):
+        (images, labels), u = batch
+        x_0 = to_model_input(images, config.image_size)
+        network = model.two_times(config, params, with_dropout(config, labels, keys))
+        first, second = (draw_times(probabilities, v) for v in (u if config.stratified else uniform(keys, 3), uniform(keys, 4)))
+        t = jnp.maximum(first, second)
+        s = jnp.where(uniform(keys, 5) < INSTANTANEOUS, t, jnp.minimum(first, second) - 1)
+        eps = jax.vmap(lambda key: jax.random.normal(key, model.image_shape(config), jnp.float32))(keys)
+        velocity = None
+        if config.training_guidance != 1:
+            velocity = guided_velocity(model.two_times(config, params, None), config.training_guidance)
+        return mean_flow_loss(config.num_timesteps, network, x_0, t, s, eps, velocity)
+
+    return loss_fn
+
+
+def make_distilled_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
+    """loss_fn(params, ((paths, labels), u), keys) -> the loss of each example, for two points of each of the `trajectories`.
+
+    For a third of the examples the first point is the noise, and for a third the second is the sample, as for one call.
+    """
+    times = jnp.asarray(np.append(0.0, teacher_table(schedule).t[::-1]), jnp.float32)
+    last = len(times) - 1
+
+    def loss_fn(params, batch, keys):
+        (paths, labels), u = batch
+        start = last - (mostly_zero(u) * last).astype(jnp.int32)
+        stop = (mostly_zero(uniform(keys, 4)) * start).astype(jnp.int32)
+        x_t, x_s = (paths[jnp.arange(len(paths)), row].astype(jnp.float32) for row in (start, stop))
+        x_0 = jump_target(schedule, x_t, times[start], x_s, times[stop])
+        target = dj.convert(schedule, x_0, x_t, times[start], "pred_x_0", config.target_type)
+        return (model.two_times(config, params, labels)(x_t, times[start], times[stop]) - target) ** 2
+
+    return loss_fn
+
+
+def trajectories(
+    config: Config, schedule: dj.NoiseSchedule, params: PyTree, key: Key[Array, ""]
+) -> tuple[Float16[np.ndarray, "N K H W C"], Int[np.ndarray, " N"]]:
+    """Paths of the probability flow from x_0 to noise, and their labels, of the network before it takes two times."""
+    count = min(TRAJECTORIES, config.iterations * config.batch_size)
+    teacher, table = dataclasses.replace(config, loss_type="l2"), teacher_table(schedule)
+    draw = model.make_sampler(teacher, schedule, dj.sample_trajectory, config.training_guidance)
+    classes = np.arange(count) % (config.num_classes + 1) if config.conditional else np.full(count, config.num_classes)
+    parts = []
+    for first in tqdm(range(0, count, BATCH), "trajectories", unit="batch"):
+        path = draw(params, table, key, classes[first : first + BATCH], first)
+        parts.append(path.swapaxes(0, 1).astype(np.float16))
+    return np.concatenate(parts), classes.astype(np.int32)
+
+
+def teacher_table(schedule: dj.NoiseSchedule) -> dj.SamplerTable:
+    return solver_table("unipc", schedule, min(CALLS, schedule.num_timesteps))
+
+
+def mostly_zero(u: Float[Array, " B"]) -> Float[Array, " B"]:
+    """0 for a third of uniform numbers u, and for the others again uniform in [0, 1)."""
+    return jnp.maximum(0.0, (3 * u - 1) / 2)
+
+
+def uniform(keys: Key[Array, " B"], number: int) -> Float[Array, " B"]:
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (), jnp.float32))(keys)
+
+
+def with_dropout(config: Config, labels: Int[Array, " B"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
+    """The labels, or with the probability `config.label_dropout` `config.num_classes`, which means no class."""
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), jnp.float32(config.label_dropout)))(keys)
+    return jnp.where(dropped, config.num_classes, labels)
