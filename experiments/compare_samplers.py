@@ -37,7 +37,7 @@ SAMPLERS = {
     "DEIS": partial(solver_table, "deis"),
 }
 
-MEAN_FLOW_SAMPLERS = {"MeanFlow": partial(solver_table, "ddim"), "consistency": partial(solver_table, "consistency")}
+JUMPS = {"jumps along the flow": partial(solver_table, "ddim"), "consistency": partial(solver_table, "consistency")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def main() -> None:
         tables = {
             (name, calls): make(run.schedule, calls=calls, spacing=config.spacing)
             for calls in config.calls
-            for name, make in (MEAN_FLOW_SAMPLERS if few_calls else SAMPLERS).items()
+            for name, make in (JUMPS if few_calls else SAMPLERS).items()
         }
         if config.all_steps:
             tables["ancestral, upper bound", num_timesteps] = dj.ancestral_table(run.schedule)
