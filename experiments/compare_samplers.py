@@ -69,11 +69,11 @@ def main() -> None:
         require(bool(config.calls) or config.all_steps, "calls", "none", "one or more numbers, or --all-steps")
         run = open_run(config.workdir)
         num_timesteps, few_calls = run.config.num_timesteps, run.config.few_calls
-        require(not (few_calls and config.all_steps), "all_steps", True, "left out for a run with few calls")
+        require(not (few_calls and config.all_steps), "all_steps", True, "left out for a distilled or mean_flow run")
         for calls in config.calls:
             require(1 <= calls <= num_timesteps, "calls", calls, f"between 1 and the run's {num_timesteps} timesteps")
         tables = {
-            (name, calls): make(run.schedule, calls=calls, spacing=config.spacing)
+            (name, calls): make(run.schedule, calls=calls, spacing=config.spacing or run.default_spacing)
             for calls in config.calls
             for name, make in (JUMPS if few_calls else SAMPLERS).items()
         }

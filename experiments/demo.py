@@ -83,9 +83,15 @@ def is_free(host: str, port: int) -> bool:
 def compile_steps(run: SavedRun, walk: Callable) -> None:
     """Compile the program of each kind of picture, so that no click has to wait for it."""
     sampler, ink = run.default_sampler, np.zeros((CANVAS, CANVAS), np.uint8)
-    scales = (1.0, 2.0) if run.config.conditional else (1.0,)
+    guided = run.config.conditional and run.config.loss_type != "distilled"
+    scales = (1.0, 2.0) if guided else (1.0,)
     kinds = [draw_digits(run, walk, [], sampler, 1, scale, 0) for scale in scales]
-    for frames in tqdm([*kinds, complete(run, walk, ink, PARTS[0], 0), go_between(run, walk, 0, 0, 1, 1)], "compiling"):
+    kinds += (
+        []
+        if run.config.loss_type == "distilled"
+        else [complete(run, walk, ink, PARTS[0], 0), go_between(run, walk, 0, 0, 1, 1)]
+    )
+    for frames in tqdm(kinds, "compiling"):
         next(frames)
 
 
@@ -94,10 +100,11 @@ def make_page(gr: Any, run: SavedRun, walk: Callable) -> Any:
         gr.Markdown(f"# Digits from noise\nThe network is that of `{os.path.relpath(run.workdir)}`.")
         with gr.Tab("Digits"):
             digits_tab(gr, run, walk)
-        with gr.Tab("Complete"):
-            completion_tab(gr, run, walk)
-        with gr.Tab("Between"):
-            between_tab(gr, run, walk)
+        if run.config.loss_type != "distilled":
+            with gr.Tab("Complete"):
+                completion_tab(gr, run, walk)
+            with gr.Tab("Between"):
+                between_tab(gr, run, walk)
     return page
 
 
@@ -110,7 +117,7 @@ def digits_tab(gr: Any, run: SavedRun, walk: Callable) -> None:
             labels = gr.CheckboxGroup(classes, label="Classes (none: all in turn)", visible=conditional)
             sampler = gr.Dropdown(samplers, value=run.default_sampler, label="Sampler")
             steps = gr.Number(calls, precision=0, label="Sampling timesteps (network calls)")
-            guidance = gr.Number(1.0, label="Guidance scale", visible=conditional)
+            guidance = gr.Number(1.0, label="Guidance scale", visible=conditional and run.config.loss_type != "distilled")
             seed = gr.Number(0, precision=0, label="Seed")
             button = gr.Button("Draw", variant="primary")
         with gr.Column(scale=2):
@@ -151,7 +158,9 @@ def between_tab(gr: Any, run: SavedRun, walk: Callable) -> None:
         for name, label, seed in (("First", 3, 0), ("Last", 8, 1)):
             with gr.Column():
                 inputs += [
-                    gr.Dropdown(classes, value=label, label=f"{name} class", visible=run.config.conditional),
+                    gr.Dropdown(
+                        classes, value=min(label, len(classes) - 1), label=f"{name} class", visible=run.config.conditional
+                    ),
                     gr.Number(seed, precision=0, label=f"{name} seed"),
                 ]
     button, picture = gr.Button("Go", variant="primary"), gr.HTML()

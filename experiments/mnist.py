@@ -28,7 +28,14 @@ from support.image_folder import check_apart
 from support.loop import train_in
 from support.machine import prepare_machine, random_key
 from support.pictures import grid, save_animation
-from support.processes import check_same_everywhere, failing_together, in_turn, is_first_process, join_processes
+from support.processes import (
+    check_same_everywhere,
+    failing_together,
+    from_first_process,
+    in_turn,
+    is_first_process,
+    join_processes,
+)
 from support.saved_run import started_from
 from support.workdir import one_line_if_unwritable, open_workdir
 
@@ -41,8 +48,7 @@ def main() -> None:
             config = parse_run(__doc__)
             schedule = model.make_schedule(config)
             table = model.default_table(config, schedule, config.sampling_timesteps)
-            few = model.FEW if config.few_calls else 50
-            preview_table = model.default_table(config, schedule, min(few, config.num_timesteps))
+            preview_table = table if config.few_calls else model.default_table(config, schedule, min(50, config.num_timesteps))
         data = in_turn(lambda: load_dataset(config.dataset, config.data_dir, "train", config.image_size, config.channels))
         with failing_together():
             config = described_by(config, data)
@@ -50,13 +56,14 @@ def main() -> None:
                 check_apart(Path(config.dataset), Path(config.workdir))
             init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
             state = model.initial_state(config, init_key)
+            begun = any((Path(config.workdir) / "checkpoints").glob("[0-9]*"))
+            if config.init and is_first_process() and (config.loss_type == "distilled" or not begun):
+                state = started_from(config.init, config, state)
+        state = from_first_process(state)
         check_same_everywhere("options and data", fingerprint(config, data))
         with failing_together():
-            more = {"num_classes": config.num_classes, "images": config.images}
-            moved = set() if config.images is None else {"dataset"}  # the same images may be elsewhere now
-            workdir = open_workdir(config, MAY_DIFFER | moved, **more) if is_first_process() else Path(config.workdir)
-            if config.init and (config.loss_type == "distilled" or not any((workdir / "checkpoints").glob("[0-9]*"))):
-                state = started_from(config.init, config, state)
+            may_differ, more = identity(config, state)
+            workdir = open_workdir(config, may_differ, **more) if is_first_process() else Path(config.workdir)
     if is_first_process():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
@@ -88,6 +95,17 @@ def save_figures(workdir: Path, config: Config, data: ImageData, path: Float[np.
         save_training_figure(workdir / "training.png", metrics, decay)
         wrote.append("training.png")
     print(f"wrote {', '.join(wrote)} in {workdir}")
+
+
+def identity(config: Config, state: dj.TrainState) -> tuple[set[str], dict[str, int | None]]:
+    """The options that may differ when a run is continued, and what describes it beside its options."""
+    may_differ, more = set(MAY_DIFFER), {"num_classes": config.num_classes, "images": config.images}
+    if config.images is not None:
+        may_differ.add("dataset")  # the same images may be elsewhere now
+    if config.loss_type == "distilled":
+        may_differ.add("init")  # and so may the same teacher
+        more["teacher"] = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)))
+    return may_differ, more
 
 
 def fingerprint(config: Config, data: ImageData) -> int:

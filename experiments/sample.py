@@ -33,11 +33,11 @@ class Config:
     guidance_scale: float = 1.0
     """Classifier-free guidance scale. 1 is no guidance; more gives clearer and less varied samples."""
     sampling_timesteps: int | None = None
-    """Network calls for each sample; by default 20, or 4 for a run with few calls, or T with --sampler ancestral."""
+    """Network calls for each sample; by default 20, or 4 for a distilled or mean_flow run, or T with --sampler ancestral."""
     sampler: Sampler | None = None
-    """Solver; by default unipc, or ddim for a run with few calls. dpm_solver is DPM-Solver++(2M)."""
+    """Solver; by default unipc, or ddim for a distilled or mean_flow run. dpm_solver is DPM-Solver++(2M)."""
     spacing: Spacing | None = None
-    """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow; by default flow (unipc) or time."""
+    """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow; by default flow or time."""
     eta: float = 0.0
     """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
     seed: int = 0

@@ -139,7 +139,7 @@ def test_what_a_run_cannot_do_is_named(pages):
     with pytest.raises(ValueError, match="--guidance-scale must be 1 unless the run is --conditional, got 2"):
         live.draw_digits(run, walk, **(GOOD | {"guidance": 2}))
     run, _, walk = pages("mean flow")
-    with pytest.raises(ValueError, match="--sampler must be ddim or consistency for a mean_flow run, got unipc"):
+    with pytest.raises(ValueError, match="--sampler must be ddim or consistency for a distilled or mean_flow run, got unipc"):
         live.draw_digits(run, walk, **GOOD)
 
 

@@ -87,7 +87,7 @@ class Diffusion:
     loss_type: Literal["l2", "l1", "hybrid", "bound", "distilled", "mean_flow"] = "l2"
     """l2, l1; hybrid or bound for learned variances; for one to four calls, distilled (from --init) or mean_flow."""
     training_guidance: float = 1.0
-    """Guidance scale in the target of distilled and mean_flow losses, for conditional runs."""
+    """Guidance scale that distilled and mean_flow losses teach, for conditional runs."""
     loss_weighting: Literal["none", "min_snr"] = "none"
     """Weights of the timesteps: none, or min_snr (Hang et al. 2023). Not used by the bound loss."""
 
@@ -117,7 +117,7 @@ class Output:
     sample_every: int = 500
     """Steps between sample grids during training; 0 for none."""
     sampling_timesteps: int | None = None
-    """Sampling steps of the final figure; by default T."""
+    """Sampling steps of the final figure; by default T, or 4 with distilled and mean_flow losses."""
     num_samples: int = 20
     """Samples in each grid and in the figure."""
 
@@ -201,12 +201,14 @@ def check(config: Config) -> None:
     bounded = config.noise_schedule_type != "ve" or config.target_type != "pred_v"
     require(bounded, "target_type", config.target_type, "other than pred_v with ve, where it grows with the noise")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")
-    wanted = {"mean_flow": {"noise_schedule_type": "flow", "target_type": "pred_u"}}.get(config.loss_type, {})
     if config.few_calls:
-        for name, value in {"loss_weighting": "none", "time_input": "t", **wanted}.items():
+        same = {"loss_weighting": "none", "time_input": "t"}
+        same |= {"noise_schedule_type": "flow", "target_type": "pred_u"} if config.loss_type == "mean_flow" else {}
+        for name, value in same.items():
             require(getattr(config, name) == value, name, getattr(config, name), f"{value} with --loss-type {config.loss_type}")
-    taught = config.loss_type != "distilled" or config.init is not None
-    require(taught, "init", config.init, "the network to learn from, with --loss-type distilled")
+    if config.loss_type == "distilled":
+        require(bool(config.init), "init", config.init, "the run to learn from, with --loss-type distilled")
+        require(config.target_type != "pred_eps", "target_type", "pred_eps", "another one with --loss-type distilled")
     guided, allowed = config.training_guidance != 1, config.conditional and config.few_calls
     wanted = "1 without --conditional and a --loss-type for few calls"
     require(allowed or not guided, "training_guidance", config.training_guidance, wanted)

@@ -93,6 +93,7 @@ def go_between(run: SavedRun, walk: Callable, first: int, first_seed: int, last:
     """From a digit to another: from its noise to the other's, and from its class to the other's."""
     check_numbers(seed=first_seed)
     check_numbers(seed=last_seed)
+    require(not (run.config.conditional and None in (first, last)), "labels", "none", "a class for each end")
     table = table_of(run)
     keys = [dj.example_keys(random_key(seed), jnp.arange(1)) for seed in (first_seed, last_seed)]
     ends = [first_state(table, key, model.image_shape(run.config))[0][0] for key in keys]

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 import diffusion_jax as dj
 from diffusion_jax.diffusion import Denoise, Predict
-from diffusion_jax.flow_map import jumping
+from diffusion_jax.flow_map import Network, jumping
 from support.config import Config
 
 SCHEDULES = {
@@ -22,7 +22,7 @@ SCHEDULES = {
 }
 OPTIMIZERS = {"adam": dj.adam_with_cosine_decay, "muon": dj.muon_with_cosine_decay}
 LARGEST_TIME = 10.0  # the value of t = T for a mean_flow network; small, since its loss has the derivative by t
-FEW = 4  # the default number of calls of a network that takes two times
+FEW, SPACING = 4, "flow"  # the calls and steps of a network of two times; a distilled one has learned steps of that spacing
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -60,24 +60,24 @@ def apply_to(
 ) -> Predict:
     """predict(x_t, t) of the run's network for these labels. `config.num_classes` or None means no class.
 
-    With a `table`, a network that takes two times predicts where its steps lead. Without, a mean_flow network predicts the
-    velocity at t.
+    With a `table`, a network of two times predicts where its steps lead; without one, mean_flow's predicts the velocity at t.
     """
-    network = two_times(config, params, labels)
-    if not config.few_calls:
-        return dj.normalized(schedule, network, config.time_input)
-    return (lambda x_t, t: network(x_t, t, t)) if table is None else jumping(network, table)
+    if config.few_calls:
+        network = two_times(config, schedule, params, labels)
+        return (lambda x_t, t: network(x_t, t, t)) if table is None else jumping(network, table)
+    return dj.normalized(schedule, lambda x_t, t: of_run(config, params, labels, x_t, t), config.time_input)
 
 
-def two_times(config: Config, params: PyTree, labels: Array | None) -> Callable:
-    """network(x_t, t, s=None) for these labels. A mean_flow network is told the times in units of T / LARGEST_TIME."""
+def two_times(config: Config, schedule: dj.NoiseSchedule, params: PyTree, labels: Array | None) -> Network:
+    """network(x_t, t, s) for these labels. A mean_flow network is told the times in units of T / LARGEST_TIME."""
+    if config.loss_type == "mean_flow":
+        unit = config.num_timesteps / LARGEST_TIME
+        return lambda x_t, t, s: of_run(config, params, labels, x_t, t / unit, s / unit)
+    return lambda x_t, t, s: dj.normalized(schedule, lambda x, t: of_run(config, params, labels, x, t, s), "t")(x_t, t)
 
-    def network(x_t, t, s=None):
-        unit = config.num_timesteps / LARGEST_TIME if config.loss_type == "mean_flow" else 1
-        s = None if s is None else s / unit
-        return make_network(config).apply({"params": params}, x_t, t / unit, labels if config.conditional else None, s)
 
-    return network
+def of_run(config: Config, params: PyTree, labels: Array | None, x_t: Array, t: Array, s: Array | None = None) -> Any:
+    return make_network(config).apply({"params": params}, x_t, t, labels if config.conditional else None, s)
 
 
 def make_denoiser(
@@ -100,9 +100,10 @@ def make_denoiser(
 
 
 def default_table(config: Config, schedule: dj.NoiseSchedule, sampling_timesteps: int | None) -> dj.SamplerTable:
-    """Ancestral sampling, or the steps that a network of two times predicts, by default FEW."""
+    """Ancestral sampling, by default with T calls, or the steps that a network of two times predicts, by default FEW."""
     if config.few_calls:
-        return dj.ddim_table(schedule, 0.0, sampling_timesteps or min(FEW, config.num_timesteps))
+        calls = sampling_timesteps or min(FEW, config.num_timesteps)
+        return dj.ddim_table(schedule, 0.0, dj.sampling_times(schedule, calls, SPACING))
     return dj.ancestral_table(schedule, config.sigma_type, sampling_timesteps)
 
 

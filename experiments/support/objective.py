@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from support.data import ImageData, to_model_input
 from support.saved_run import solver_table
 
 INSTANTANEOUS = 0.5  # fraction of the examples of a mean_flow run with s = t
-TRAJECTORIES, CALLS, BATCH = 8192, 10, 256  # of the network that a distilled run learns from
+TRAJECTORIES, CALLS, BATCH = 8192, 12, 256  # of a distilled run's teacher; 12 has the times of 1, 2, 3, 4 and 6 calls
 
 
 def make_step(
@@ -27,15 +27,21 @@ def make_step(
 ) -> Callable:
     """step(state, number) -> (state, metrics), on all devices; see `batches.make_step`.
 
-    A distilled run does not train on `data` but on trajectories of the network with its initial parameters.
+    A distilled run does not train on `data` but on trajectories, computed at its first step, of the network with its `initial`
+    parameters.
     """
-    if config.loss_type == "distilled":
-        loss = make_distilled_loss(config, schedule)
-        arrays = trajectories(config, schedule, initial, jax.random.fold_in(key, config.iterations))  # no step has this key
-    else:
-        make = make_mean_flow_loss if config.loss_type == "mean_flow" else make_loss
-        loss, arrays = make(config, schedule), (data.images, data.labels.astype(np.int32))
-    return batches.make_step(loss, batches.placed(arrays), key, config.seed, config.batch_size, config.ema_decay)
+
+    @cache
+    def compiled() -> Callable:
+        if config.loss_type == "distilled":
+            loss = make_distilled_loss(config, schedule)
+            arrays = trajectories(config, schedule, initial, jax.random.fold_in(key, config.iterations))  # no step has this key
+        else:
+            make = make_mean_flow_loss if config.loss_type == "mean_flow" else make_loss
+            loss, arrays = make(config, schedule), (data.images, data.labels.astype(np.int32))
+        return batches.make_step(loss, batches.placed(arrays), key, config.seed, config.batch_size, config.ema_decay)
+
+    return lambda state, number: compiled()(state, number)
 
 
 def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
@@ -64,20 +70,20 @@ def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
 
 
 def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
-    """As `make_loss`. Of two times, t is the larger; s is t, or for half of the examples, before the smaller one."""
+    """As `make_loss`. t is the larger of two times; s = t for half of the examples, otherwise one below the smaller time."""
     probabilities = time_density(schedule, config.time_density)
 
     def loss_fn(params, batch, keys):
         (images, labels), u = batch
         x_0 = to_model_input(images, config.image_size)
-        network = model.two_times(config, params, with_dropout(config, labels, keys))
+        network = model.two_times(config, schedule, params, with_dropout(config, labels, keys))
         first, second = (draw_times(probabilities, v) for v in (u if config.stratified else uniform(keys, 3), uniform(keys, 4)))
         t = jnp.maximum(first, second)
         s = jnp.where(uniform(keys, 5) < INSTANTANEOUS, t, jnp.minimum(first, second) - 1)
         eps = jax.vmap(lambda key: jax.random.normal(key, model.image_shape(config), jnp.float32))(keys)
         velocity = None
         if config.training_guidance != 1:
-            velocity = guided_velocity(model.two_times(config, params, None), config.training_guidance)
+            velocity = guided_velocity(model.two_times(config, schedule, params, None), config.training_guidance)
         return mean_flow_loss(config.num_timesteps, network, x_0, t, s, eps, velocity)
 
     return loss_fn
@@ -86,7 +92,7 @@ def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
 def make_distilled_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
     """loss_fn(params, ((paths, labels), u), keys) -> the loss of each example, for two points of each of the `trajectories`.
 
-    For a third of the examples the first point is the noise, and for a third the second is the sample, as for one call.
+    For at least a third of the examples the first point is the noise, and for at least a third the second is the sample.
     """
     times = jnp.asarray(np.append(0.0, teacher_table(schedule).t[::-1]), jnp.float32)
     last = len(times) - 1
@@ -98,7 +104,7 @@ def make_distilled_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
         x_t, x_s = (paths[jnp.arange(len(paths)), row].astype(jnp.float32) for row in (start, stop))
         x_0 = jump_target(schedule, x_t, times[start], x_s, times[stop])
         target = dj.convert(schedule, x_0, x_t, times[start], "pred_x_0", config.target_type)
-        return (model.two_times(config, params, labels)(x_t, times[start], times[stop]) - target) ** 2
+        return (model.two_times(config, schedule, params, labels)(x_t, times[start], times[stop]) - target) ** 2
 
     return loss_fn
 
@@ -106,7 +112,7 @@ def make_distilled_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
 def trajectories(
     config: Config, schedule: dj.NoiseSchedule, params: PyTree, key: Key[Array, ""]
 ) -> tuple[Float16[np.ndarray, "N K H W C"], Int[np.ndarray, " N"]]:
-    """Paths of the probability flow from x_0 to noise, and their labels, of the network before it takes two times."""
+    """Paths of the teacher's probability flow, from x_0 to noise, and their labels. The teacher is the network of one time."""
     count = min(TRAJECTORIES, config.iterations * config.batch_size)
     teacher, table = dataclasses.replace(config, loss_type="l2"), teacher_table(schedule)
     draw = model.make_sampler(teacher, schedule, dj.sample_trajectory, config.training_guidance)
@@ -123,7 +129,7 @@ def teacher_table(schedule: dj.NoiseSchedule) -> dj.SamplerTable:
 
 
 def mostly_zero(u: Float[Array, " B"]) -> Float[Array, " B"]:
-    """0 for a third of uniform numbers u, and for the others again uniform in [0, 1)."""
+    """0 where u < 1/3; the other uniform numbers are spread over [0, 1) again."""
     return jnp.maximum(0.0, (3 * u - 1) / 2)
 
 

@@ -26,7 +26,8 @@ from support.machine import random_key
 from support.workdir import read_config, with_added
 
 BATCH = 256
-SAME = ("target_type", "noise_schedule_type", "num_timesteps", "time_input")  # of a network and the one that it starts from
+SAME = ("target_type", "noise_schedule_type", "num_timesteps", "time_input", "image_size", "channels", "conditional")
+SAME += ("network", "embed_dim", "dim_scales", "depth", "patch_size", "sigma_type")
 DEFAULT_WORKDIR, TRAINED = "runs/mnist", Path(__file__).parents[1] / "mnist.safetensors"
 Sampler = Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis", "consistency"]
 
@@ -50,6 +51,10 @@ class SavedRun(NamedTuple):
     def default_calls(self, sampler: Sampler) -> int:
         most = self.config.num_timesteps
         return most if sampler == "ancestral" else min(model.FEW if self.config.few_calls else 20, most)
+
+    @property
+    def default_spacing(self) -> str | None:
+        return model.SPACING if self.config.few_calls else None
 
     def restore(self, checkpoint: str) -> dj.TrainState:
         """The state at the "newest" or "best" checkpoint. A file holds one state. Raises ValueError if there is none."""
@@ -77,7 +82,7 @@ class SavedRun(NamedTuple):
         name = config.dataset if config.images is None else data_dir or config.dataset
         data = load_dataset(name, data_dir, split, config.image_size, config.channels)
         same = (data.checksum, data.num_classes, data.image_size) == (config.images, config.num_classes, config.image_size)
-        require(same, "workdir", self.workdir, f"a run on the images of {data.name}, which were others then")
+        require(same, "workdir", self.workdir, f"a run on the images now in {data.name}; they have changed")
         require(len(data.images) > 0, "workdir", self.workdir, "a run on at least 10 images, of which a tenth is held out")
         return data
 
@@ -98,7 +103,7 @@ class SavedRun(NamedTuple):
         return np.concatenate(samples)[:count]
 
 
-def open_run(workdir: str | None) -> SavedRun:
+def open_run(workdir: str | None, option: str = "workdir") -> SavedRun:
     """The run of mnist.py in `workdir`, or the network in that file. Raises ValueError if it holds another run, or none.
 
     None means DEFAULT_WORKDIR, or if that does not exist, the network that comes with the project.
@@ -107,30 +112,34 @@ def open_run(workdir: str | None) -> SavedRun:
         workdir = DEFAULT_WORKDIR if Path(DEFAULT_WORKDIR).exists() else str(TRAINED)
         print(f"using the network in {workdir}", file=sys.stderr)
     names = {field.name for field in dataclasses.fields(Config)}
-    saved = with_added(read_options(Path(workdir)), names) if is_file(workdir) else read_config(workdir, names)
+    saved = with_added(read_options(Path(workdir)), names) if is_file(workdir) else read_config(workdir, names, option)
     source = workdir if is_file(workdir) else f"{workdir}/config.json"
     if set(saved) != names:
         odd = ", ".join(sorted(set(saved) ^ names))
-        raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {source} differs in {odd}")
+        raise ValueError(f"--{option} must hold a run of experiments/mnist.py; {source} differs in {odd}")
     saved: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     for name, hint in get_type_hints(Config).items():
         if not is_bearable(saved[name], hint) or (name in ("image_size", "channels") and saved[name] == 0):
-            raise ValueError(f"--workdir must hold a run of experiments/mnist.py; {source} has {name} {saved[name]}")
+            raise ValueError(f"--{option} must hold a run of experiments/mnist.py; {source} has {name} {saved[name]}")
     config = Config(**saved)
     try:
         check(config)
     except ValueError as problem:
-        raise ValueError(f"--workdir must hold a run of experiments/mnist.py; in {source} {problem}") from None
+        raise ValueError(f"--{option} must hold a run of experiments/mnist.py; in {source} {problem}") from None
     return SavedRun(workdir, config, model.make_schedule(config))
 
 
 def started_from(init: str, config: Config, state: dj.TrainState) -> dj.TrainState:
-    """The state before the first step, with the parameters of the network in `init`; one that takes two times has more.
+    """The state before the first step, with the parameters of the network in `init`. A network of two times also has the layer
+    "interval", which starts at 0.
 
-    Raises ValueError as `open_run` does, and unless the network there has the same inputs, target and shapes.
+    Raises ValueError as `open_run` does, and unless the network there has the same options SAME and shapes. A distilled run
+    also needs a teacher of one time that has learned its data.
     """
-    run = open_run(init)
-    for name in SAME:
+    run = open_run(init, "init")
+    distilled = config.loss_type == "distilled"
+    require(not (distilled and run.config.few_calls), "init", init, "a run that is not itself distilled or mean_flow")
+    for name in SAME + (("dataset", "images") if distilled else ()):
         theirs, wanted = getattr(run.config, name), getattr(config, name)
         require(theirs == wanted, "init", init, f"a network with this run's {name} {wanted}, not {theirs}")
     arrays: list[Any] = [flatten_dict(params) for params in (run.restore("newest").ema_params, state.params)]
@@ -181,20 +190,22 @@ def sampler_table(config: Any, run: SavedRun) -> dj.SamplerTable:
     """The table for the options sampler, spacing, eta and sampling_timesteps."""
     few_calls, sampler = run.config.few_calls, config.sampler or run.default_sampler
     jumps = sampler in ("ddim", "consistency")
-    require(jumps or not few_calls, "sampler", sampler, "ddim or consistency for a run with few calls")
-    require(not few_calls or config.eta == 0, "eta", config.eta, "0 for a run with few calls")
+    require(jumps or not few_calls, "sampler", sampler, "ddim or consistency for a distilled or mean_flow run")
+    require(not few_calls or config.eta == 0, "eta", config.eta, "0 for a distilled or mean_flow run")
     require(0 <= config.eta <= 1, "eta", config.eta, "between 0 and 1")
     takes_eta = sampler in ("ddim", "dpm_solver", "dpm_solver_3m")
     require(takes_eta or config.eta == 0, "eta", config.eta, "0 unless --sampler is ddim, dpm_solver or dpm_solver_3m")
     calls = run.default_calls(sampler) if config.sampling_timesteps is None else config.sampling_timesteps
-    return solver_table(sampler, run.schedule, calls, config.spacing, run.config.sigma_type, config.eta)
+    return solver_table(sampler, run.schedule, calls, config.spacing or run.default_spacing, run.config.sigma_type, config.eta)
 
 
 def check_denoises(run: SavedRun) -> None:
-    allowed = "a run that is not distilled: this needs x_0_hat at each t, and not only where a few steps lead"
+    allowed = "a run that is not distilled: this needs the denoised image at every t"
     require(run.config.loss_type != "distilled", "workdir", run.workdir, allowed)
 
 
 def check_guidance(run: SavedRun, scale: float) -> None:
     require(0 <= scale < math.inf, "guidance_scale", scale, "at least 0 and finite")
     require(run.config.conditional or scale == 1, "guidance_scale", scale, "1 unless the run is --conditional")
+    learned = run.config.loss_type == "distilled"
+    require(not learned or scale == 1, "guidance_scale", scale, "1 for a distilled run, which has its --training-guidance")

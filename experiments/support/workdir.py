@@ -102,7 +102,7 @@ def _lock(workdir: Path) -> None:
         warnings.warn(f"{workdir} cannot be locked ({problem.strerror}): start no second run in it", stacklevel=3)
 
 
-def read_config(workdir: str | Path, names: Collection[str]) -> dict[str, Any]:
+def read_config(workdir: str | Path, names: Collection[str], option: str = "workdir") -> dict[str, Any]:
     """The config of a saved run. Options of `names` that are newer than the run get the value that describes it.
 
     Raises ValueError if `workdir` holds no run.
@@ -110,9 +110,9 @@ def read_config(workdir: str | Path, names: Collection[str]) -> dict[str, Any]:
     try:
         config = json.loads((Path(workdir) / "config.json").read_text())
     except (OSError, ValueError, RecursionError) as problem:
-        raise ValueError(f"--workdir must be the folder of a run, with its config.json; got {workdir} ({problem})") from None
+        raise ValueError(f"--{option} must be the folder of a run, with its config.json; got {workdir} ({problem})") from None
     if not isinstance(config, dict):
-        raise ValueError(f"--workdir must be the folder of a run; {workdir}/config.json holds no options but {config!r:.50}")
+        raise ValueError(f"--{option} must be the folder of a run; {workdir}/config.json holds no options but {config!r:.50}")
     return with_added(config, names)
 
 
