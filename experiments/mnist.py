@@ -60,10 +60,15 @@ def main() -> None:
             if config.init and is_first_process() and (config.loss_type == "distilled" or not begun):
                 state = started_from(config.init, config, state)
         state = from_first_process(state)
+        if config.loss_type == "distilled":
+            leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)]
+            config = dataclasses.replace(config, teacher=zlib.crc32(b"".join(leaves)))
         check_same_everywhere("options and data", fingerprint(config, data))
         with failing_together():
-            may_differ, more = identity(config, state)
-            workdir = open_workdir(config, may_differ, **more) if is_first_process() else Path(config.workdir)
+            more = {name: getattr(config, name) for name in ("num_classes", "images", "teacher")}
+            # the same images and the same teacher may be elsewhere now
+            moved = {name for name, known in (("dataset", config.images), ("init", config.teacher)) if known is not None}
+            workdir = open_workdir(config, MAY_DIFFER | moved, **more) if is_first_process() else Path(config.workdir)
     if is_first_process():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
@@ -95,17 +100,6 @@ def save_figures(workdir: Path, config: Config, data: ImageData, path: Float[np.
         save_training_figure(workdir / "training.png", metrics, decay)
         wrote.append("training.png")
     print(f"wrote {', '.join(wrote)} in {workdir}")
-
-
-def identity(config: Config, state: dj.TrainState) -> tuple[set[str], dict[str, int | None]]:
-    """The options that may differ when a run is continued, and what describes it beside its options."""
-    may_differ, more = set(MAY_DIFFER), {"num_classes": config.num_classes, "images": config.images}
-    if config.images is not None:
-        may_differ.add("dataset")  # the same images may be elsewhere now
-    if config.loss_type == "distilled":
-        may_differ.add("init")  # and so may the same teacher
-        more["teacher"] = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)))
-    return may_differ, more
 
 
 def fingerprint(config: Config, data: ImageData) -> int:

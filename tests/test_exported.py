@@ -97,6 +97,28 @@ def test_a_run_does_not_start_from_a_network_with_another_target(tmp_path, param
         started_from(str(file), config, model.initial_state(config, jax.random.key(0)))
 
 
+@pytest.mark.parametrize(
+    ("theirs", "own", "wanted"),
+    [
+        (
+            {"loss_type": "mean_flow", "noise_schedule_type": "flow", "target_type": "pred_u"},
+            {},
+            "a run that is not itself distilled",
+        ),
+        ({"dataset": "fashion_mnist"}, {}, "a network with this run's dataset auto, not fashion_mnist"),
+        ({}, {"embed_dim": 8}, "a network with this run's embed_dim 8, not 4"),
+    ],
+    ids=["few calls", "other data", "another size"],
+)
+def test_a_run_is_distilled_from_its_like_only(tmp_path, theirs, own, wanted):
+    config = dataclasses.replace(CONFIG, **theirs)
+    write_model(tmp_path / "net.safetensors", config, model.initial_state(config, jax.random.key(0)).params, 7, np.float32)
+    student = dataclasses.replace(config, **own, loss_type="distilled", init="x")
+    student = dataclasses.replace(student, dataset="auto")
+    with pytest.raises(ValueError, match=f"--init must be {wanted}"):
+        started_from(str(tmp_path / "net.safetensors"), student, model.initial_state(student, jax.random.key(0)))
+
+
 def test_options_that_are_newer_than_the_file_have_the_value_that_describes_it(tmp_path, params):
     file = tmp_path / "net.safetensors"
     older = dataclasses.make_dataclass("Older", [f for f in dataclasses.asdict(CONFIG) if f != "patch_size"])

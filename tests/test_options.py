@@ -71,7 +71,7 @@ def test_a_mean_flow_run_trains_and_samples_by_jumps():
     for _ in range(8):  # the layers begin at zero, so the first steps move the last ones only
         state, metrics = step(state, (images, examples), examples, examples, mean_over_devices=same)
         assert 0.1 < metrics["loss"] < np.inf
-    network = model.two_times(config, state.ema_params, examples)
+    network = model.two_times(config, schedule, state.ema_params, examples)
     x_t, t = jax.random.normal(jax.random.key(2), (8, *model.image_shape(config))), jnp.full(8, 9.0)
     assert np.abs(network(x_t, t, 0 * t) - network(x_t, t, t)).max() > 1e-5
     draw, key = model.make_sampler(config, schedule), jax.random.key(3)
@@ -82,17 +82,21 @@ def test_a_mean_flow_run_trains_and_samples_by_jumps():
         assert np.isfinite(draw(state.ema_params, table, key, np.arange(4))).all()
 
 
-def test_a_distilled_run_learns_jumps_between_the_points_of_a_trajectory(monkeypatch):
-    """All x_t = noise_t times one image belong to the data 0, which a network that is 0 predicts."""
-    config = dataclasses.replace(CONFIG, loss_type="distilled", init="a run", num_timesteps=500)
+@pytest.mark.parametrize("target_type", ["pred_x_0", "pred_v"])
+def test_a_distilled_run_learns_jumps_between_the_points_of_a_trajectory(monkeypatch, target_type):
+    """All x_t = noise_t eps belong to the data 0, so v = signal_t eps."""
+    config = dataclasses.replace(CONFIG, loss_type="distilled", init="a run", num_timesteps=500, target_type=target_type)
     check(config)
     schedule, seen = model.make_schedule(config), []
 
-    def two_times(config, params, labels):
+    def two_times(config, schedule, params, labels):
+        np.testing.assert_array_equal(labels, np.arange(999))
+
         def network(x_t, t, s):
             seen.append((np.asarray(t), np.asarray(s)))
-            np.testing.assert_allclose(x_t.std((1, 2, 3)), schedule.at(t)[1], rtol=1e-3)
-            return 0 * x_t
+            signal, noise = (jnp.asarray(column, jnp.float32)[:, None, None, None] for column in schedule.at(t))
+            np.testing.assert_allclose(x_t.std((1, 2, 3)), noise[:, 0, 0, 0], rtol=1e-3)
+            return 0 * x_t if target_type == "pred_x_0" else signal / noise * x_t
 
         return network
 
@@ -101,13 +105,13 @@ def test_a_distilled_run_learns_jumps_between_the_points_of_a_trajectory(monkeyp
     image = np.random.default_rng(0).normal(size=(1, 1, 8, 8, 1))
     paths = np.repeat((schedule.at(times)[1][None, :, None, None, None] * image / image.std()).astype(np.float16), 999, 0)
     keys, u = jax.random.split(jax.random.key(0), 999), (np.arange(999, dtype=np.float32) + 0.5) / 999
-    loss = objective.make_distilled_loss(config, schedule)({}, ((jnp.asarray(paths), jnp.zeros(999, int)), u), keys)
+    loss = objective.make_distilled_loss(config, schedule)({}, ((jnp.asarray(paths), jnp.arange(999)), u), keys)
     assert loss.shape == (999, 8, 8, 1)
     assert loss.max() < 1e-3
     t, s = seen[0]
     assert (s < t).all()
     assert set(np.float32(times)) == {*t, *s}
-    assert (t == 500).sum() == 333 + 67  # a third, and a tenth of the others
+    assert (t == 500).sum() == pytest.approx(333 + 666 / 12, abs=1)  # a third, and a twelfth of the others
     assert 0.4 < (s == 0).mean() < 0.65
 
 
@@ -116,12 +120,37 @@ def test_trajectories_are_the_samples_of_the_teacher_and_the_way_to_them():
     teacher = dataclasses.replace(config, loss_type="l2")
     schedule, params = model.make_schedule(config), model.initial_state(teacher, jax.random.key(0)).params
     paths, labels = objective.trajectories(config, schedule, params, jax.random.key(1))
-    assert paths.shape == (64, 11, 32, 32, 1)
+    assert paths.shape == (64, 13, 32, 32, 1)
     np.testing.assert_array_equal(labels[:13], [*range(11), 0, 1])
     draw, table = model.make_sampler(teacher, schedule), objective.teacher_table(schedule)
     samples = draw(params, table, jax.random.key(1), labels)
     np.testing.assert_allclose(np.clip(paths[:, 0], -1, 1), samples, atol=2e-3)
     assert 0.98 < paths[:, -1].astype(np.float32).std() < 1.02
+
+
+@pytest.mark.parametrize(("path", "target_type"), [("cosine", "pred_v"), ("flow", "pred_u"), ("ve", "edm")])
+def test_a_distilled_network_begins_as_its_teacher(path, target_type):
+    teacher = dataclasses.replace(CONFIG, noise_schedule_type=path, target_type=target_type)
+    config = dataclasses.replace(teacher, loss_type="distilled", init="a run")
+    schedule, keys = model.make_schedule(config), iter(jax.random.split(jax.random.key(0), 99))
+    learned = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), model.initial_state(teacher, next(keys)).params
+    )
+    params = {**model.initial_state(config, next(keys)).params, **learned}
+    x_t, t = 5 * jax.random.normal(next(keys), (3, 32, 32, 1)), jnp.array([1.0, 6.0, 12.0])
+    expected = model.apply_to(teacher, schedule, learned, None)(x_t, t)
+    assert jnp.abs(expected).min() > 1e-6
+    for s in (0 * t, t - 1):
+        np.testing.assert_allclose(model.two_times(config, schedule, params, None)(x_t, t, s), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_few_calls_take_only_steps_of_the_grid_that_they_were_learned_on():
+    schedule = dj.cosine_schedule(500)
+    grid = np.append(objective.teacher_table(schedule).t, 0)
+    for calls in (1, 2, 3, 4, 6):
+        table = model.default_table(dataclasses.replace(CONFIG, loss_type="distilled"), schedule, calls)
+        assert len(table.t) == calls
+        assert all(np.abs(grid - t).min() < 1e-6 for t in table.t)
 
 
 def same(tree):

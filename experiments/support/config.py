@@ -106,6 +106,8 @@ class Training:
     """Warm-up steps of the learning rate, at most half of all steps."""
     init: str | None = None
     """Network to start from, a run's folder or a file of export.py; by default random parameters."""
+    teacher: Found[int | None] = None
+    """A checksum of the network that a distilled run learns from."""
     ema_decay: float = 0.0
     """Decay of the parameters' moving average, which is used for sampling; 0 uses the last parameters."""
 

@@ -30,6 +30,7 @@ ADDED = {
     "optimizer": "adam",
     "training_guidance": 1.0,
     "init": None,
+    "teacher": None,
     "image_size": 32,
     "channels": 1,
     "num_classes": 10,
