@@ -42,7 +42,7 @@ from diffusion_jax.training import (
 )
 from diffusion_jax.unet import UNet
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "MLP",

@@ -103,7 +103,7 @@ def test_a_run_is_distilled_to_few_calls_and_continued(trained, tmp_path):
         assert "3 samples at step 8 of 8" in said
         assert np.isfinite(np.load(tmp_path / "x.npy")).all()
     said = run("edit.py", "--workdir", few, status=2)
-    assert "--workdir must be a run that is not distilled: this needs x_0_hat at each t" in said
+    assert "--workdir must be a run that is not distilled: this needs the denoised image at every t" in said
 
 
 LEARNED = ["--sigma-type", "learned", "--loss-type", "hybrid", "--target-type", "pred_v"]
