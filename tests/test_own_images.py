@@ -92,7 +92,7 @@ def test_a_run_goes_on_where_its_images_are_moved_and_not_with_others(coloured, 
     assert "holds a run with images" in said
     assert "--images" not in said
     with pytest.raises(
-        ValueError, match=r"--workdir must be a run on the images of .*moved, which were others then, got .*run"
+        ValueError, match=r"--workdir must be a run on the images now in .*moved; they have changed, got .*run"
     ):
         saved.load("test", str(tmp_path / "moved"))
 
