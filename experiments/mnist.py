@@ -28,15 +28,8 @@ from support.image_folder import check_apart
 from support.loop import train_in
 from support.machine import prepare_machine, random_key
 from support.pictures import grid, save_animation
-from support.processes import (
-    check_same_everywhere,
-    failing_together,
-    from_first_process,
-    in_turn,
-    is_first_process,
-    join_processes,
-)
-from support.saved_run import started_from
+from support.processes import check_same_everywhere, failing_together, in_turn, is_first_process, join_processes
+from support.saved_run import begun
 from support.workdir import one_line_if_unwritable, open_workdir
 
 
@@ -56,13 +49,7 @@ def main() -> None:
                 check_apart(Path(config.dataset), Path(config.workdir))
             init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
             state = model.initial_state(config, init_key)
-            begun = any((Path(config.workdir) / "checkpoints").glob("[0-9]*"))
-            if config.init and is_first_process() and (config.loss_type == "distilled" or not begun):
-                state = started_from(config.init, config, state)
-        state = from_first_process(state)
-        if config.loss_type == "distilled":
-            leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)]
-            config = dataclasses.replace(config, teacher=zlib.crc32(b"".join(leaves)))
+        config, state = begun(config, state)
         check_same_everywhere("options and data", fingerprint(config, data))
         with failing_together():
             more = {name: getattr(config, name) for name in ("num_classes", "images", "teacher")}

@@ -91,9 +91,7 @@ def test_a_run_goes_on_where_its_images_are_moved_and_not_with_others(coloured, 
     said = run("mnist.py", *args, status=2)
     assert "holds a run with images" in said
     assert "--images" not in said
-    with pytest.raises(
-        ValueError, match=r"--workdir must be a run on the images now in .*moved; they have changed, got .*run"
-    ):
+    with pytest.raises(ValueError, match=r"--workdir must be a run on the images now in .*moved; they have changed, got .*run"):
         saved.load("test", str(tmp_path / "moved"))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -23,6 +24,7 @@ from support.config import Config, check
 from support.data import ImageData, Split, load_dataset
 from support.exported import SUFFIX, read_options, read_params
 from support.machine import random_key
+from support.processes import failing_together, from_first_process, is_first_process
 from support.workdir import read_config, with_added
 
 BATCH = 256
@@ -127,6 +129,23 @@ def open_run(workdir: str | None, option: str = "workdir") -> SavedRun:
     except ValueError as problem:
         raise ValueError(f"--{option} must hold a run of experiments/mnist.py; in {source} {problem}") from None
     return SavedRun(workdir, config, model.make_schedule(config))
+
+
+def begun(config: Config, state: dj.TrainState) -> tuple[Config, dj.TrainState]:
+    """The config and the state before the first step, with the network that --init names, if any.
+
+    The first process reads it, if there is no checkpoint yet or the run is distilled; the config then has its checksum.
+    """
+    distilled = config.loss_type == "distilled"
+    with failing_together():
+        unsaved = not any((Path(config.workdir) / "checkpoints").glob("[0-9]*"))
+        if config.init and is_first_process() and (distilled or unsaved):
+            state = started_from(config.init, config, state)
+    state = from_first_process(state)
+    if distilled:
+        leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)]
+        config = dataclasses.replace(config, teacher=zlib.crc32(b"".join(leaves)))
+    return config, state
 
 
 def started_from(init: str, config: Config, state: dj.TrainState) -> dj.TrainState:
