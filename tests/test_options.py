@@ -18,7 +18,7 @@ from support.config import Config, check
 from support.saved_run import Sampler, open_run, solver_table
 from support.workdir import ADDED
 
-CONFIG = Config(embed_dim=4, dim_scales=(1,), batch_size=8, num_timesteps=12, iterations=8)
+CONFIG = Config(embed_dim=4, dim_scales=(1,), depth=1, batch_size=8, num_timesteps=12, iterations=8)
 COMBINATIONS = [
     ("flow", "pred_u", "t", "logit_normal", True, "dit"),
     ("ve", "edm", "log_snr", "log_normal", False, "unet"),
