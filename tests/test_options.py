@@ -185,11 +185,12 @@ def test_times_depend_on_these_numbers_only_if_stratified(stratified):
 
 
 def test_a_run_of_an_older_version_is_read_as_what_it_was(tmp_path):
-    saved = dataclasses.asdict(CONFIG)
+    config = dataclasses.replace(CONFIG, depth=ADDED["depth"])
+    saved = dataclasses.asdict(config)
     for name in ADDED:
         del saved[name]
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert open_run(tmp_path).config == CONFIG
+    assert open_run(tmp_path).config == config
     (tmp_path / "config.json").write_text(json.dumps({name: value for name, value in saved.items() if name != "seed"}))
     with pytest.raises(ValueError, match=r"config\.json differs in seed"):
         open_run(tmp_path)
