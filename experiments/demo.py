@@ -25,7 +25,7 @@ from support.pictures import as_html, tile, to_pixels
 from support.saved_run import Sampler, SavedRun, open_run
 
 CANVAS = 280
-PAUSE = 0.1  # seconds between pictures of one computation, of which each costs the browser some time
+PAUSE = 0.1  # seconds between pictures, since each costs the browser time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def compile_steps(run: SavedRun, walk: Callable) -> None:
 
 def make_page(gr: Any, run: SavedRun, walk: Callable) -> Any:
     with gr.Blocks(title="diffusion_jax") as page:
-        gr.Markdown(f"# Digits from noise\nThe network is that of `{os.path.relpath(run.workdir)}`.")
+        gr.Markdown(f"# Digits from noise\nNetwork: `{os.path.relpath(run.workdir)}`")
         with gr.Tab("Digits"):
             digits_tab(gr, run, walk)
         if run.config.loss_type != "distilled":

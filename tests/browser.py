@@ -123,6 +123,6 @@ class Browser:
 
 
 def is_last(caption: str) -> bool:
-    """Whether a caption such as "step 3 of 20, 0.1 s" is that of the last step."""
+    """Whether a caption such as "step 3 of 20, 0.1 s" belongs to the last step."""
     _, number, _, steps = caption.split(",")[0].split()
     return number == steps

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import TINY, assert_same_run, final_state, finish, run, start, wait_for
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tensorboardX.proto.event_pb2 import Event
 
 from diffusion_jax.checkpoints import open_checkpoints
@@ -96,6 +98,14 @@ def test_a_run_is_distilled_to_few_calls_and_continued(trained, tmp_path):
     finish(process, None)
     assert "resuming" in run(*command, "--workdir", tmp_path / "again")
     assert_same_run(few, tmp_path / "again")
+    same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
+    run("export.py", "--workdir", trained, "--out", same)
+    with safe_open(same, "numpy") as opened:
+        save_file({name: x + 1 for name, x in load_file(same).items()}, other, opened.metadata())
+    command[command.index(trained)] = same
+    assert "resuming" in run(*command, "--workdir", few)
+    command[command.index(same)] = other
+    assert "holds a run with teacher" in run(*command, "--workdir", few, status=2)
     for calls in "12":
         said = run(
             "sample.py", "--workdir", few, "--sampling-timesteps", calls, "--num-samples", "3", "--out", tmp_path / "x.npy"

@@ -21,7 +21,7 @@ COUNTS = ("depth", "iterations", "batch_size", "num_timesteps", "checkpoint_ever
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(COUNTS, (lambda value: value is None or value >= 1, "at least 1")),
     **dict.fromkeys(("seed", "sample_every"), (lambda value: 0 <= value < 2**31, "between 0 and 2^31 - 1")),
-    "image_size": (lambda value: value >= 0 and value % 2 == 0, "even and at least 2, or 0 for that of the images"),
+    "image_size": (lambda value: value >= 0 and value % 2 == 0, "even and at least 2, or 0 for the size of the images"),
     "port": (lambda value: 1 <= value < 2**16, "between 1 and 65535"),
     "embed_dim": (lambda value: value >= 4 and value % 2 == 0, "even and at least 4"),
     "dim_scales": (lambda value: min(value, default=0) >= 1, "one or more numbers of at least 1"),

@@ -17,7 +17,7 @@ from support.data import ImageData
 from support.machine import warn_of_emulated
 
 Value = TypeVar("Value")
-Found = tyro.conf.Suppress[tyro.conf.Fixed[Value]]  # in the data, and not an option
+Found = tyro.conf.Suppress[tyro.conf.Fixed[Value]]  # by the program, and not an option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ def feature_spaces(
     images, or too small ones.
     """
     few, shape = min(len(train.images), len(test.images)), train.images.shape[1:]
-    require(few >= FEWEST, "dataset", train.name, f"a data set of which at least {FEWEST} images are held out, here {few},")
+    require(few >= FEWEST, "dataset", train.name, f"a data set with at least {FEWEST} test or held-out images, not {few}")
     require(shape[0] >= SMALLEST, "dataset", train.name, f"a data set of images of at least {SMALLEST}x{SMALLEST}")
     classify, accuracy = trained_classifier(train, test) if train.num_classes else (None, None)
     if classify is None:

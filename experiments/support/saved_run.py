@@ -85,7 +85,7 @@ class SavedRun(NamedTuple):
         data = load_dataset(name, data_dir, split, config.image_size, config.channels)
         same = (data.checksum, data.num_classes, data.image_size) == (config.images, config.num_classes, config.image_size)
         require(same, "workdir", self.workdir, f"a run on the images now in {data.name}; they have changed")
-        require(len(data.images) > 0, "workdir", self.workdir, "a run on at least 10 images, of which a tenth is held out")
+        require(len(data.images) > 0, "workdir", self.workdir, "a run on at least 10 images, since a tenth of them is held out")
         return data
 
     def draw(
