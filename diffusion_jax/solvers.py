@@ -24,6 +24,7 @@ from diffusion_jax.schedules import NoiseSchedule
 Variable = Literal["log_snr", "signal"]
 LARGEST_RATIO = 10.0
 NO_SIGNAL = 25.0  # without signal, lambda is -infinity: use this much less than the lowest finite lambda
+POINTS, POINT_WEIGHTS = np.polynomial.legendre.leggauss(48)  # of quadrature on -1..1
 
 
 def dpm_solver_table(
@@ -167,9 +168,8 @@ def _weights(nodes: np.ndarray, step: np.ndarray, zeta: float, variable: str = "
     P is any polynomial in `variable` of degree below len(nodes); `nodes` and the ends of `step` are values of lambda. For two
     nodes in lambda, unless `exact`, the value in the middle of the step replaces the mean, as in UniPC's and 2M's papers.
     """
-    points, density = np.polynomial.legendre.leggauss(48)
-    theta, powers = (1 + points) / 2, np.arange(len(nodes))
-    density = density * np.exp(zeta * theta - max(zeta, 0))
+    theta, powers = (1 + POINTS) / 2, np.arange(len(nodes))
+    density = POINT_WEIGHTS * np.exp(zeta * theta - max(zeta, 0))
     place = np.asarray if variable == "log_snr" else lambda lambdas: 1 / np.sqrt(1 + np.exp(-2 * lambdas))
     begin, end = place(step)
 

@@ -32,26 +32,28 @@ OF_IMAGES = pytest.mark.parametrize("network", [UNet(3, 4, (1, 2)), DiT(3, 4, 1,
 
 
 @EACH
-def test_output_has_the_shape_of_x_t_and_depends_on_x_t_and_t(network, inputs):
+def test_every_parameter_and_every_input_matters_and_examples_do_not_mix(network, inputs):
     x_t, t = inputs
     variables = randomized(network, x_t, t)
-    apply = jax.jit(network.apply)
-    output = apply(variables, x_t, t)
+
+    @jax.jit
+    def output_and_gradients(variables, x_t, t):
+        def energy(variables, x_t):
+            output = network.apply(variables, x_t, t)
+            return (output**2).sum(), output
+
+        return jax.grad(energy, (0, 1), has_aux=True)(variables, x_t)
+
+    gradients, output = output_and_gradients(variables, x_t, t)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert jnp.abs(gradient).max() > 0, jax.tree_util.keystr(path)
     chex.assert_equal_shape([output, x_t])
     chex.assert_type(output, jnp.float32)
     chex.assert_tree_all_finite(output)
-    assert jnp.abs(apply(variables, x_t, t[::-1]) - output).max() > 1e-3
-    alone = apply(variables, x_t[:1], t[:1])
-    np.testing.assert_allclose(alone, output[:1], rtol=1e-4, atol=1e-5)  # examples do not mix
-
-
-@EACH
-def test_every_parameter_and_every_input_matters(network, inputs):
-    variables = randomized(network, *inputs)
-    energy = lambda variables, x_t: (network.apply(variables, x_t, inputs[1]) ** 2).sum()  # noqa: E731
-    gradients = jax.jit(jax.grad(energy, (0, 1)))(variables, inputs[0])
-    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-        assert jnp.abs(gradient).max() > 0, jax.tree_util.keystr(path)
+    assert jnp.abs(output_and_gradients(variables, x_t, t[::-1])[1] - output).max() > 1e-3
+    beside_another = output_and_gradients(variables, x_t.at[1].add(1), t.at[1].add(1))[1]
+    np.testing.assert_allclose(beside_another[0], output[0], rtol=1e-4, atol=1e-5)
+    assert jnp.abs(beside_another[1] - output[1]).max() > 1e-3
 
 
 def test_the_published_size():
@@ -99,13 +101,14 @@ def test_a_network_of_classes_tells_them_apart_and_knows_images_of_none(network)
 @OF_IMAGES
 def test_a_learned_variance_begins_half_way_and_has_its_own_outputs(network):
     plain, network = network, network.clone(learned_variance=True)
-    prediction, fraction = network.apply(network.init(jax.random.key(0), *IMAGES), *IMAGES)
+    apply = jax.jit(network.apply)
+    prediction, fraction = apply(jax.jit(network.init)(jax.random.key(0), *IMAGES), *IMAGES)
     chex.assert_equal_shape([prediction, fraction, IMAGES[0]])
     np.testing.assert_array_equal(fraction, 0.5)
     variables = randomized(network, *IMAGES)
     widths = [randomized(each, *IMAGES)["params"]["out"]["kernel"].shape[1] for each in (plain, network)]
     assert widths[1] == 2 * widths[0]
-    prediction, fraction = network.apply(variables, *IMAGES)
+    prediction, fraction = apply(variables, *IMAGES)
     assert jnp.abs(2 * fraction - 1 - prediction).max() > 1e-2
 
 

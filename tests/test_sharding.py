@@ -21,6 +21,11 @@ def params():
     return jax.tree.unflatten(structure, [jnp.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype) for x in leaves])
 
 
+@pytest.fixture(scope="module")
+def on_one_device(params):
+    return jax.jit(results)(params, *inputs())
+
+
 def inputs():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, *SHAPE)), jnp.float32)
     return x, jnp.arange(4) % 8 + 1, jax.random.split(jax.random.key(0), 4)
@@ -53,18 +58,18 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
-def test_jit_on_a_mesh(params, axis_type):
+def test_jit_on_a_mesh(params, on_one_device, axis_type):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(axis_type,))
     sharded = jax.device_put(inputs(), NamedSharding(mesh, P("batch")))
     made = jax.eval_shape(NETWORK.init, jax.random.key(0), *sharded[:2], sharded[1] % 3)
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
     actual = jax.jit(results)(params, *sharded)
     assert actual[0]["samples"].sharding.spec == P("batch", None, None, None) or axis_type == AxisType.Auto
-    assert_same(actual, jax.jit(results)(params, *inputs()))
+    assert_same(actual, on_one_device)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map(params, check_vma):
+def test_shard_map(params, on_one_device, check_vma):
     def shard(params, x, t, keys):
         if check_vma:  # else the gradient of unsharded parameters is summed over the shards already
             params = jax.lax.pcast(params, "batch", to="varying")
@@ -75,7 +80,7 @@ def test_shard_map(params, check_vma):
     in_specs, out_specs = (P(), batch, batch, batch), (batch, P())
     mapped = jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
     sharded = jax.device_put(inputs(), NamedSharding(mesh, batch))
-    assert_same(jax.jit(mapped)(params, *sharded), jax.jit(results)(params, *inputs()))
+    assert_same(jax.jit(mapped)(params, *sharded), on_one_device)
 
 
 def test_a_transformer_on_an_explicit_mesh():
