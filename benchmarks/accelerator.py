@@ -44,6 +44,7 @@ class Options:
     budget: float = 480.0
     """Seconds for everything."""
     embed_dim: int = 128
+    dim_scales: tuple[int, ...] = (1, 2, 4, 8)
     batch_size: int = 512
     iterations: int = 2000
     """Training steps of the published recipe."""
@@ -161,8 +162,9 @@ def sampling(bench: Bench, workers: list[Worker], tasks: list[tuple[int, int]]) 
 def recipe(bench: Bench) -> None:
     """experiments/mnist.py --preset paper, from its start to its figure; the training step is compiled by then."""
     options, workdir = bench.options, bench.scratch / "recipe"
-    size = ["--embed-dim", options.embed_dim, "--batch-size", options.batch_size, "--iterations", options.iterations]
-    seconds = bench.run("mnist.py", "--preset", "paper", "--precision", "bfloat16", "--workdir", workdir, *bench.data(), *size)
+    size = ["--embed-dim", options.embed_dim, "--dim-scales", *options.dim_scales, "--batch-size", options.batch_size]
+    recipe = ["--preset", "paper", "--precision", "bfloat16", "--iterations", options.iterations, *size, *bench.data()]
+    seconds = bench.run("mnist.py", *recipe, "--workdir", workdir)
     loss = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True)["loss"]
     bench.results["recipe"] = {"seconds": seconds, "loss of the last 100 steps": float(loss[-100:].mean())}
     for name in ("figure.png", "training.png"):
@@ -197,7 +199,8 @@ def deterministic(bench: Bench) -> None:
 def resumed(bench: Bench) -> None:
     """A small run that is killed and continued, against one that is not: the largest difference of its losses."""
     steps = min(400, 10 * bench.options.iterations)
-    small = ["--preset", "paper", "--embed-dim", 8, "--batch-size", 64, "--num-timesteps", 50, *bench.data()]
+    small = ["--preset", "paper", "--embed-dim", 8, "--dim-scales", *bench.options.dim_scales, "--batch-size", 64]
+    small += ["--num-timesteps", 50, *bench.data()]
     small += ["--iterations", steps, "--checkpoint-every", steps // 4, "--sample-every", 0]
     whole, killed = bench.scratch / "whole", bench.scratch / "killed"
     bench.run("mnist.py", *small, "--workdir", whole)

@@ -59,7 +59,8 @@ def ours(options: dict, precision: str, products: str | None = None) -> Contende
     from support.data import ImageData
 
     jax.config.update("jax_default_matmul_precision", products)
-    size = {"embed_dim": options["embed_dim"], "dim_scales": CHANNELS, "batch_size": options["batch_size"]}
+    size = {"embed_dim": options["embed_dim"], "batch_size": options["batch_size"]}
+    size["dim_scales"] = tuple(options.get("dim_scales", CHANNELS))
     config = dataclasses.replace(PRESETS["paper"], precision=precision, num_timesteps=T, **size)
     schedule, (init_key, train_key, sample_key) = dj.cosine_schedule(T), jax.random.split(jax.random.key(0), 3)
     images = np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8)

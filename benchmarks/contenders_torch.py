@@ -19,7 +19,7 @@ def original(options: dict, tuned: bool = True, mode: str | None = None, autocas
     from src.blocks import UNet
     from src.simple.diffusion import DiffusionModel, DiffusionModelConfig
 
-    network = UNet(1, options["embed_dim"], CHANNELS)
+    network = UNet(1, options["embed_dim"], options.get("dim_scales", CHANNELS))
     config = DiffusionModelConfig(num_timesteps=T, target_type="pred_x_0", gamma_type="ddpm")
     make = partial(DiffusionModel, input_shape=(1, SIDE, SIDE), config=config)
     return in_torch(options, network, make, tuned, mode, autocast)

@@ -20,7 +20,7 @@ COMPILED_ONCE = {
     "JAX_COMPILATION_CACHE_DIR": os.environ["COMPILED_BY_TESTS"],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
-FLAGS = "--xla_backend_optimization_level=0"
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 ENVIRONMENT = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"} | COMPILED_ONCE
 TINY = ["--dataset", "digits", "--network", "dit", "--embed-dim", "4", "--depth", "1", "--patch-size", "8"]  # compiles fast
 TINY += ["--batch-size", "8", "--num-timesteps", "12"]

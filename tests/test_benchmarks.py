@@ -10,22 +10,10 @@ import pytest
 from runs import ENVIRONMENT
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SMALLEST = [
-    "--embed-dim",
-    "8",
-    "--batch-size",
-    "8",
-    "--iterations",
-    "4",
-    "--num-samples",
-    "6",
-    "--drawn",
-    "2",
-    "3",
-    "--steps",
-    "1",
-]
-SMALLEST += ["--matmul-sizes", "64", "--bandwidth-bytes", "4096", "--dataset", "digits"]
+SMALLEST = {
+    "embed-dim": 8, "dim-scales": (1, 1, 1), "batch-size": 8, "iterations": 4, "num-samples": 6, "drawn": (2, 3), "steps": 1,
+    "matmul-sizes": 64, "bandwidth-bytes": 4096, "dataset": "digits",
+}  # fmt: skip
 PARTS = {
     "rates", "training", "sampling", "recipe", "recipe, samples", "repeated", "sampling, many", "sampling, original",
     "eager and TF32", "float32", "killed and resumed", "deterministic", "other batches",
@@ -33,7 +21,10 @@ PARTS = {
 
 
 def accelerator(out: Path, budget: float) -> dict:
-    command = [sys.executable, str(BENCHMARKS / "accelerator.py"), "--out", str(out), "--budget", str(budget), *SMALLEST]
+    options = {"out": out, "budget": budget, **SMALLEST}
+    values = (value if isinstance(value, tuple) else (value,) for value in options.values())
+    options = (str(word) for name, value in zip(options, values, strict=True) for word in (f"--{name}", *value))
+    command = [sys.executable, str(BENCHMARKS / "accelerator.py"), *options]
     subprocess.run(command, env=ENVIRONMENT, check=True, timeout=budget + 60)
     return json.loads((out / "accelerator.json").read_text())
 

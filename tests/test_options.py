@@ -128,9 +128,7 @@ def test_trajectories_are_the_samples_of_the_teacher_and_the_way_to_them():
     ("path", "target_type", "network"), [("cosine", "pred_v", "unet"), ("flow", "pred_u", "dit"), ("ve", "edm", "dit")]
 )
 def test_a_distilled_network_begins_as_its_teacher(path, target_type, network):
-    teacher = dataclasses.replace(
-        CONFIG, noise_schedule_type=path, target_type=target_type, network=network, dim_scales=(1,)
-    )
+    teacher = dataclasses.replace(CONFIG, noise_schedule_type=path, target_type=target_type, network=network, dim_scales=(1,))
     config = dataclasses.replace(teacher, loss_type="distilled", init="a run")
     schedule, keys = model.make_schedule(config), iter(jax.random.split(jax.random.key(0), 99))
     learned = jax.tree.map(
