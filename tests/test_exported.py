@@ -17,7 +17,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from support import model
 from support.config import Config
 from support.exported import read_params, write_model
-from support.saved_run import TRAINED, open_run, solver_table, started_from
+from support.image_run import started_from
+from support.saved_run import TRAINED, open_run, solver_table
 
 CONFIG = Config(embed_dim=4, dim_scales=(1,), num_timesteps=12)
 

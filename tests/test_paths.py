@@ -315,15 +315,23 @@ def test_on_a_path_that_preserves_variance_the_network_sees_x_t_itself():
     [
         ([1.0, 0.5], [0.1, 0.5], "row 0 must be the data, signal 1 and noise 0, got 1.0 and 0.1"),
         ([1.0, 0.5, 0.6], [0.0, 0.5, 0.5], "noise / signal must increase from row to row, got 0.83.* at t = 2"),
+        ([1.0, 0.5, 0.5], [0.0, 0.5, 0.5], "noise / signal must increase from row to row, got 1.0 at t = 2"),
         ([1.0, -0.5], [0.0, 0.5], "signal not negative"),
         ([1.0, 1.0], [0.0, np.inf], "must be finite"),
         ([1.0], [0.0], "vectors of one length of at least 2"),
         ([1.0, 0.5], [0.0, 0.5, 0.6], "vectors of one length"),
+        (1.0, [0.0, 0.5], "vectors of one length"),
     ],
 )
 def test_columns_that_are_no_path_are_named(signal, noise, problem):
     with pytest.raises(ValueError, match=problem):
         dj.schedule_from_columns(np.array(signal), np.array(noise))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 80.0), (2.0, 2.0), (-1.0, 1.0), (0.1, np.inf)])
+def test_sigmas_that_are_no_range_are_named(low, high):
+    with pytest.raises(ValueError, match=f"between 0 and sigma_max, got {low} and {high}"):
+        dj.variance_exploding_schedule(10, low, high)
 
 
 @pytest.mark.parametrize("times", [[10.0, 5.0], [5.0, 6.0, 0.0], [11.0, 0.0], [0.0]])

@@ -193,6 +193,8 @@ def choose_preset(args: list[str]) -> str:
 def check(config: Config) -> None:
     """Raise ValueError on the first invalid value or combination."""
     check_values(config)
+    calls, most = config.sampling_timesteps, config.num_timesteps
+    require(calls is None or 1 <= calls <= most, "sampling_timesteps", calls, f"between 1 and num_timesteps = {most}")
     losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1", "distilled", "mean_flow")
     scaled = config.sigma_type != "learned" or config.target_type != "pred_x_0"
     require(scaled, "target_type", config.target_type, "other than pred_x_0 with --sigma-type learned")

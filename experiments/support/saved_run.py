@@ -3,16 +3,12 @@
 import dataclasses
 import math
 import sys
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from beartype.door import is_bearable
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Key, PyTree
 from tqdm import tqdm
 
@@ -24,12 +20,9 @@ from support.config import Config, check
 from support.data import ImageData, Split, load_dataset
 from support.exported import SUFFIX, read_options, read_params
 from support.machine import random_key
-from support.processes import failing_together, from_first_process, is_first_process
 from support.workdir import read_config, with_added
 
 BATCH = 256
-SAME = ("target_type", "noise_schedule_type", "num_timesteps", "time_input", "image_size", "channels", "conditional")
-SAME += ("network", "embed_dim", "dim_scales", "depth", "patch_size", "sigma_type")
 DEFAULT_WORKDIR, TRAINED = "runs/mnist", Path(__file__).parents[1] / "mnist.safetensors"
 Sampler = Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis", "consistency"]
 
@@ -129,45 +122,6 @@ def open_run(workdir: str | None, option: str = "workdir") -> SavedRun:
     except ValueError as problem:
         raise ValueError(f"--{option} must hold a run of experiments/mnist.py; in {source} {problem}") from None
     return SavedRun(workdir, config, model.make_schedule(config))
-
-
-def begun(config: Config, state: dj.TrainState) -> tuple[Config, dj.TrainState]:
-    """The config and the state before the first step, with the network that --init names, if any.
-
-    The first process reads it, if there is no checkpoint yet or the run is distilled; the config then has its checksum.
-    """
-    distilled = config.loss_type == "distilled"
-    with failing_together():
-        unsaved = not any((Path(config.workdir) / "checkpoints").glob("[0-9]*"))
-        if config.init and is_first_process() and (distilled or unsaved):
-            state = started_from(config.init, config, state)
-    state = from_first_process(state)
-    if distilled:
-        leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)]
-        config = dataclasses.replace(config, teacher=zlib.crc32(b"".join(leaves)))
-    return config, state
-
-
-def started_from(init: str, config: Config, state: dj.TrainState) -> dj.TrainState:
-    """The state before the first step, with the parameters of the network in `init`. A network of two times also has the layer
-    "interval", which starts at 0.
-
-    Raises ValueError as `open_run` does, and unless the network there has the same options SAME and shapes. A distilled run
-    also needs a teacher of one time that has learned its data.
-    """
-    run = open_run(init, "init")
-    distilled = config.loss_type == "distilled"
-    require(not (distilled and run.config.few_calls), "init", init, "a run that is not itself distilled or mean_flow")
-    for name in SAME + (("dataset", "images") if distilled else ()):
-        theirs, wanted = getattr(run.config, name), getattr(config, name)
-        require(theirs == wanted, "init", init, f"a network with this run's {name} {wanted}, not {theirs}")
-    arrays: list[Any] = [flatten_dict(params) for params in (run.restore("newest").ema_params, state.params)]
-    theirs, own = arrays
-    for name, x in {**own, **theirs}.items():
-        fits = name in own and own[name].shape == x.shape and (name in theirs or (config.few_calls and "interval" in name))
-        require(fits, "init", init, f"a network of this run's shapes, and {'/'.join(name)} differs")
-    params = jax.tree.map(jnp.asarray, unflatten_dict({**own, **theirs}))
-    return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
 def is_file(workdir: str) -> bool:

@@ -1,0 +1,118 @@
+"""A run of mnist.py, from its command line to its first step."""
+
+import dataclasses
+import sys
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Key
+
+import diffusion_jax as dj
+from support import model
+from support.arrays import checksum
+from support.command_line import one_line_errors, require
+from support.config import MAY_DIFFER, Config, described_by, parse_run
+from support.data import ImageData, load_dataset
+from support.image_folder import check_apart
+from support.machine import random_key
+from support.processes import (
+    check_same_everywhere,
+    failing_together,
+    from_first_process,
+    in_turn,
+    is_first_process,
+    join_processes,
+)
+from support.saved_run import open_run
+from support.workdir import open_workdir
+
+SAME = ("target_type", "noise_schedule_type", "num_timesteps", "time_input", "image_size", "channels", "conditional")
+SAME += ("network", "embed_dim", "dim_scales", "depth", "patch_size", "sigma_type")
+
+
+class ImageRun(NamedTuple):
+    """The options, what the data say about the run included, the training data, the first state, and the run's folder."""
+
+    config: Config
+    data: ImageData
+    state: dj.TrainState
+    workdir: Path
+    train_key: Key[Array, ""]
+    sample_key: Key[Array, ""]
+
+
+def set_up(description: str | None) -> ImageRun:
+    """The run that the command line describes. On a wrong option, wrong data or another run's folder, exits with one line."""
+    with one_line_errors():
+        join_processes(sys.argv[1:])
+        with failing_together():
+            config = parse_run(description)
+        data = in_turn(lambda: load_dataset(config.dataset, config.data_dir, "train", config.image_size, config.channels))
+        with failing_together():
+            config = described_by(config, data)
+            if config.images is not None and Path(config.dataset).is_dir():
+                check_apart(Path(config.dataset), Path(config.workdir))
+            init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
+            state = model.initial_state(config, init_key)
+        config, state = with_init(config, state)
+        check_same_everywhere("options and data", fingerprint(config, data))
+        with failing_together():
+            more = {name: getattr(config, name) for name in ("num_classes", "images", "teacher")}
+            # the same images and the same teacher may be elsewhere now
+            moved = {name for name, known in (("dataset", config.images), ("init", config.teacher)) if known is not None}
+            workdir = open_workdir(config, MAY_DIFFER | moved, **more) if is_first_process() else Path(config.workdir)
+    if is_first_process():
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
+    return ImageRun(config, data, state, workdir, train_key, sample_key)
+
+
+def fingerprint(config: Config, data: ImageData) -> int:
+    """A checksum of the options and the data, which all processes of a run must share."""
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in {"workdir", "data_dir"}}
+    of_data = checksum(np.asarray(data.images), data.labels) if config.images is None else config.images
+    return zlib.crc32(repr(options).encode(), of_data) >> 1
+
+
+def with_init(config: Config, state: dj.TrainState) -> tuple[Config, dj.TrainState]:
+    """The config and the state before the first step, with the network that --init names, if any.
+
+    The first process reads it, if there is no checkpoint yet or the run is distilled; the config then has its checksum.
+    """
+    distilled = config.loss_type == "distilled"
+    with failing_together():
+        unsaved = not any((Path(config.workdir) / "checkpoints").glob("[0-9]*"))
+        if config.init and is_first_process() and (distilled or unsaved):
+            state = started_from(config.init, config, state)
+    state = from_first_process(state)
+    if distilled:
+        leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)]
+        config = dataclasses.replace(config, teacher=zlib.crc32(b"".join(leaves)))
+    return config, state
+
+
+def started_from(init: str, config: Config, state: dj.TrainState) -> dj.TrainState:
+    """The state before the first step, with the parameters of the network in `init`. A network of two times also has the layer
+    "interval", which starts at 0.
+
+    Raises ValueError as `open_run` does, and unless the network there has the same options SAME and shapes. A distilled run
+    also needs a teacher of one time that has learned its data.
+    """
+    run = open_run(init, "init")
+    distilled = config.loss_type == "distilled"
+    require(not (distilled and run.config.few_calls), "init", init, "a run that is not itself distilled or mean_flow")
+    for name in SAME + (("dataset", "images") if distilled else ()):
+        theirs, wanted = getattr(run.config, name), getattr(config, name)
+        require(theirs == wanted, "init", init, f"a network with this run's {name} {wanted}, not {theirs}")
+    arrays: list[Any] = [flatten_dict(params) for params in (run.restore("newest").ema_params, state.params)]
+    theirs, own = arrays
+    for name, x in {**own, **theirs}.items():
+        fits = name in own and own[name].shape == x.shape and (name in theirs or (config.few_calls and "interval" in name))
+        require(fits, "init", init, f"a network of this run's shapes, and {'/'.join(name)} differs")
+    params = jax.tree.map(jnp.asarray, unflatten_dict({**own, **theirs}))
+    return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
