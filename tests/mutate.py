@@ -24,7 +24,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SUITES = {  # the quickest to notice first
-    "schedules": "schedules peers properties reference sampling paths",
+    "schedules": "schedules peers paths properties reference sampling",
     "diffusion": "diffusion reference loss_oracle properties sampling paths",
     "losses": "diffusion loss_oracle reference paths likelihood",
     "sampling": "sampling reference peers properties gaussian_oracle editing paths",

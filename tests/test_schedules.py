@@ -6,6 +6,7 @@ import pytest
 from ho import alpha_bar_of, beta_of
 
 from diffusion_jax import cosine_schedule, linear_schedule, schedule_from_beta
+from diffusion_jax.schedules import karras_sigmas
 
 BOTH = pytest.mark.parametrize("make", [linear_schedule, cosine_schedule])
 
@@ -81,3 +82,8 @@ def test_beta_outside_its_range_is_named(beta, wrong):
 def test_beta_must_be_a_vector(shape):
     with pytest.raises(ValueError, match="vector"):
         schedule_from_beta(np.full(shape, 0.5))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [5.0]), (2, [0.1, 5.0]), (3, [0.1, ((0.1**0.5 + 5**0.5) / 2) ** 2, 5.0])])
+def test_karras_sigmas_by_hand(count, expected):
+    np.testing.assert_allclose(karras_sigmas(count, 0.1, 5.0, rho=2.0), expected, rtol=1e-12)
