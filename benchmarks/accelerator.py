@@ -45,6 +45,7 @@ class Options:
     """Seconds for everything."""
     embed_dim: int = 128
     dim_scales: tuple[int, ...] = (1, 2, 4, 8)
+    """Channels of each level, as multiples of embed_dim."""
     batch_size: int = 512
     iterations: int = 2000
     """Training steps of the published recipe."""
@@ -163,8 +164,8 @@ def recipe(bench: Bench) -> None:
     """experiments/mnist.py --preset paper, from its start to its figure; the training step is compiled by then."""
     options, workdir = bench.options, bench.scratch / "recipe"
     size = ["--embed-dim", options.embed_dim, "--dim-scales", *options.dim_scales, "--batch-size", options.batch_size]
-    recipe = ["--preset", "paper", "--precision", "bfloat16", "--iterations", options.iterations, *size, *bench.data()]
-    seconds = bench.run("mnist.py", *recipe, "--workdir", workdir)
+    command = ["--preset", "paper", "--precision", "bfloat16", "--iterations", options.iterations, *size, *bench.data()]
+    seconds = bench.run("mnist.py", *command, "--workdir", workdir)
     loss = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True)["loss"]
     bench.results["recipe"] = {"seconds": seconds, "loss of the last 100 steps": float(loss[-100:].mean())}
     for name in ("figure.png", "training.png"):

@@ -28,7 +28,7 @@ def as_markdown(results: dict[str, Any]) -> list[str]:
     lines = [
         f"{rates.get('device', 'device unknown')}, Python {platform.python_version()}, "
         f"{versions('jax', 'jaxlib', 'flax', 'torch')}; "
-        f"embed_dim {options['embed_dim']}, batch {options['batch_size']}; medians (and range)."
+        f"embed_dim {options['embed_dim']} x {options['dim_scales']}, batch {options['batch_size']}; medians (and range)."
     ]
     if rates:
         products = ", ".join(f"{name} {rates[name] / 1e12:.0f} TFLOP/s" for name in ("bfloat16", "TF32"))

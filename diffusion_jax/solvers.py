@@ -24,7 +24,7 @@ from diffusion_jax.schedules import NoiseSchedule
 Variable = Literal["log_snr", "signal"]
 LARGEST_RATIO = 10.0
 NO_SIGNAL = 25.0  # without signal, lambda is -infinity: use this much less than the lowest finite lambda
-POINTS, POINT_WEIGHTS = np.polynomial.legendre.leggauss(48)  # of quadrature on -1..1
+POINTS, POINT_WEIGHTS = np.polynomial.legendre.leggauss(48)  # Gauss-Legendre quadrature on [-1, 1]
 
 
 def dpm_solver_table(

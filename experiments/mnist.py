@@ -28,21 +28,21 @@ from support.workdir import one_line_if_unwritable
 
 def main() -> None:
     prepare_machine()
-    config, data, state, workdir, train_key, sample_key = set_up(__doc__)
-    schedule = model.make_schedule(config)
-    step = objective.make_step(config, schedule, data, train_key, state.params)
+    run = set_up(__doc__)
+    config, schedule = run.config, run.schedule
+    step = objective.make_step(config, schedule, run.data, run.train_key, run.state.params)
     sampler, labels = model.make_sampler(config, schedule), model.labels_in_turn(config, config.num_samples)
     table = model.default_table(config, schedule, config.sampling_timesteps)
     preview_table = table if config.few_calls else model.default_table(config, schedule, min(50, config.num_timesteps))
 
     def preview(state: dj.TrainState) -> np.ndarray:
-        return grid(sampler(state.ema_params, preview_table, sample_key, labels))
+        return grid(sampler(state.ema_params, preview_table, run.sample_key, labels))
 
-    state = train_in(workdir, config, state, step, preview)
-    path = model.make_sampler(config, schedule, dj.sample_trajectory)(state.ema_params, table, sample_key, labels)
-    with one_line_if_unwritable(workdir), failing_together():
+    state = train_in(run.workdir, config, run.state, step, preview)
+    path = model.make_sampler(config, schedule, dj.sample_trajectory)(state.ema_params, table, run.sample_key, labels)
+    with one_line_if_unwritable(run.workdir), failing_together():
         if is_first_process():
-            save_figures(workdir, config, data, path)
+            save_figures(run.workdir, config, run.data, path)
 
 
 def save_figures(workdir: Path, config: Config, data: ImageData, path: Float[np.ndarray, "S N H W C"]) -> None:

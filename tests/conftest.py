@@ -7,7 +7,8 @@ if "COMPILED_BY_TESTS" not in os.environ:  # for scripts that tests start; pytes
     os.environ["COMPILED_BY_TESTS"] = compiled.name
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; scripts would ignore Ctrl-C as well
     signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ["XLA_FLAGS"] = (  # compiles twice as fast
+# Compiles twice as fast without optimization, and a tenth faster again in one piece. runs.py has the same flags.
+os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 )
 

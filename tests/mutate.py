@@ -1,10 +1,11 @@
 """Does the suite notice a wrong formula? Change one thing at a time in the mathematics, and run the tests on each change.
 
-    python tests/mutate.py                # all of the modules below; takes about an hour on two cores
+    python tests/mutate.py                # all of the modules below; takes hours on two cores
     python tests/mutate.py likelihood     # those that are named
 
 Each mutant flips a sign or an operator, drops a square root, changes a number (an index by one), or swaps two quantities, in a
-function of the mathematics. Prints a line for each; exits with 1 if one survives.
+function of the mathematics. Slow tests and type checks are left out. Prints a line for each mutant; exits with 1 if one
+survives.
 """
 
 import ast
@@ -57,7 +58,7 @@ EQUIVALENT = {
     "jnp.where(x >= 0.999": "no level is there",
     "jnp.where(x <= -0.999": "no level is there",
 }
-# without the type checks of pyproject.toml, which a process can set up for one file only
+# No type checks: jaxtyping's hook must come before the first import of diffusion_jax, so a second pytest.main would fail.
 ARGUMENTS = ["-xqq", "-o", "addopts=", "-m", "not slow", "-p", "no:cacheprovider"]
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "chex", "optax", "flax.linen", "scipy.stats", "beartype"])
@@ -146,6 +147,7 @@ def survives(mutant: Mutant) -> bool:
         process.start()
         process.join(timeout=400)
         if process.is_alive():  # a loop that never ends
+            print("timed out", mutant.module, mutant.line, mutant.change, flush=True)
             process.kill()
             process.join()
             return False

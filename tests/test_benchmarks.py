@@ -21,10 +21,9 @@ PARTS = {
 
 
 def accelerator(out: Path, budget: float) -> dict:
-    options = {"out": out, "budget": budget, **SMALLEST}
-    values = (value if isinstance(value, tuple) else (value,) for value in options.values())
-    options = (str(word) for name, value in zip(options, values, strict=True) for word in (f"--{name}", *value))
-    command = [sys.executable, str(BENCHMARKS / "accelerator.py"), *options]
+    command = [sys.executable, str(BENCHMARKS / "accelerator.py"), "--out", str(out), "--budget", str(budget)]
+    for name, value in SMALLEST.items():
+        command += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     subprocess.run(command, env=ENVIRONMENT, check=True, timeout=budget + 60)
     return json.loads((out / "accelerator.json").read_text())
 

@@ -236,7 +236,7 @@ def made(data_dir: Path, splits: dict[str, list[dict]], **features) -> str:
     with registered.skip_registration():
         parts = {
             "VERSION": tfds.core.Version("1.0.0"),
-            "pkg_dir_path": data_dir,  # else TFDS looks for the class's package
+            "pkg_dir_path": data_dir,  # otherwise TFDS searches for the class's package
             "_info": lambda self: self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features)),
             "_split_generators": lambda self, _: {split: enumerate(rows) for split, rows in splits.items()},
             "_generate_examples": lambda self: None,

@@ -174,8 +174,8 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
     shutil.copytree(trained, workdir)
     args = ["--workdir", workdir, "--num-samples", "250", "--sampling-timesteps", "4", "--bound-images", "4"]
     args += ["--likelihood-images", "3"]
-    fast = {"HOME": str(tmp_path), "XLA_FLAGS": ""}  # the classifier is trained anew, with optimized programs
-    said = finish(start("evaluate.py", *args, **fast))
+    own_home = {"HOME": str(tmp_path), "XLA_FLAGS": ""}  # trains its own classifier, which optimized programs do faster
+    said = finish(start("evaluate.py", *args, **own_home))
     results = json.loads((workdir / "evaluation.json").read_text())
     assert results["classifier_accuracy"] > 0.95
     for space in ("classifier", "statistics", "pixels", "random network"):
@@ -196,12 +196,12 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
 
     shutil.copytree(conditional, tmp_path / "classes")
     args = ["--workdir", tmp_path / "classes", "--num-samples", "100", "--sampling-timesteps", "2", "--bound-images", "2"]
-    finish(start("evaluate.py", *args, "--guidance-scale", "3", **fast))
+    finish(start("evaluate.py", *args, "--guidance-scale", "3", **own_home))
     results = json.loads((tmp_path / "classes" / "evaluation.json").read_text())
     assert results["generated"]["classified_as_asked"] < 0.5 < 0.9 < results["test"]["classified_as_asked"]
 
     args = ["--workdir", workdir, "--num-samples", "100", "--calls", "2", "4"]
-    assert "| DPM-Solver++(2M) | 4 |" in finish(start("compare_samplers.py", *args, **fast))
+    assert "| DPM-Solver++(2M) | 4 |" in finish(start("compare_samplers.py", *args, **own_home))
     compared = json.loads((workdir / "samplers.json").read_text())
     for space, curves in compared["distances"].items():
         for name, curve in curves.items():
@@ -211,7 +211,7 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
 
     images = load_dataset("digits", split="test").images / 127.5 - 1
     np.save(tmp_path / "real.npy", np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1).astype(np.float32))
-    finish(start("judge.py", "--samples", tmp_path / "real.npy", "--dataset", "digits", **fast))
+    finish(start("judge.py", "--samples", tmp_path / "real.npy", "--dataset", "digits", **own_home))
     results = json.loads((tmp_path / "real.judged.json").read_text())
     assert results["generated"] == results["test"]
 

@@ -46,8 +46,8 @@ def test_no_file_imports_a_script(file):
     assert not imported_modules(file) & SCRIPTS
 
 
-def test_mnist_is_understood_with_at_most_120_lines_of_code():
-    assert lines_of_code(EXPERIMENTS / "mnist.py") <= 120
+def test_mnist_has_at_most_60_lines_of_code():
+    assert lines_of_code(EXPERIMENTS / "mnist.py") <= 60
 
 
 @pytest.mark.parametrize("file", sorted([*PACKAGE.glob("*.py"), *EXPERIMENTS.rglob("*.py")]), ids=lambda file: file.name)

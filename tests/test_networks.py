@@ -32,28 +32,27 @@ OF_IMAGES = pytest.mark.parametrize("network", [UNet(3, 4, (1, 2)), DiT(3, 4, 1,
 
 
 @EACH
-def test_every_parameter_and_every_input_matters_and_examples_do_not_mix(network, inputs):
+def test_every_parameter_and_input_matters_and_examples_do_not_mix(network, inputs):
     x_t, t = inputs
     variables = randomized(network, x_t, t)
 
     @jax.jit
-    def output_and_gradients(variables, x_t, t):
+    def gradients_and_output(variables, x_t, t):
         def energy(variables, x_t):
             output = network.apply(variables, x_t, t)
             return (output**2).sum(), output
 
         return jax.grad(energy, (0, 1), has_aux=True)(variables, x_t)
 
-    gradients, output = output_and_gradients(variables, x_t, t)
+    gradients, output = gradients_and_output(variables, x_t, t)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert jnp.abs(gradient).max() > 0, jax.tree_util.keystr(path)
     chex.assert_equal_shape([output, x_t])
     chex.assert_type(output, jnp.float32)
     chex.assert_tree_all_finite(output)
-    assert jnp.abs(output_and_gradients(variables, x_t, t[::-1])[1] - output).max() > 1e-3
-    beside_another = output_and_gradients(variables, x_t.at[1].add(1), t.at[1].add(1))[1]
-    np.testing.assert_allclose(beside_another[0], output[0], rtol=1e-4, atol=1e-5)
-    assert jnp.abs(beside_another[1] - output[1]).max() > 1e-3
+    assert jnp.abs(gradients_and_output(variables, x_t, t[::-1])[1] - output).max() > 1e-3
+    alone = jax.jit(network.apply)(variables, x_t[:1], t[:1])
+    np.testing.assert_allclose(alone, output[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_published_size():

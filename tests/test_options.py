@@ -19,11 +19,14 @@ from support.saved_run import Sampler, open_run, solver_table
 from support.workdir import ADDED
 
 CONFIG = Config(network="dit", embed_dim=4, depth=1, patch_size=8, batch_size=8, num_timesteps=12, iterations=8)
-COMBINATIONS = [("flow", "pred_u", "t", "logit_normal", True), ("ve", "edm", "log_snr", "log_normal", False)]
+COMBINATIONS = [
+    ("flow", "pred_u", "t", "logit_normal", True, "dit"),
+    ("ve", "edm", "log_snr", "log_normal", False, "unet"),
+]
 
 
-@pytest.mark.parametrize(("path", "target_type", "time_input", "density", "stratified"), COMBINATIONS)
-def test_a_step_and_samples_on_every_path(path, target_type, time_input, density, stratified):
+@pytest.mark.parametrize(("path", "target_type", "time_input", "density", "stratified", "network"), COMBINATIONS)
+def test_a_step_and_samples_by_every_solver(path, target_type, time_input, density, stratified, network):
     config = dataclasses.replace(
         CONFIG,
         noise_schedule_type=path,
@@ -31,6 +34,8 @@ def test_a_step_and_samples_on_every_path(path, target_type, time_input, density
         time_input=time_input,
         time_density=density,
         stratified=stratified,
+        network=network,
+        dim_scales=(1,),
     )
     check(config)
     schedule, state = model.make_schedule(config), model.initial_state(config, jax.random.key(0))

@@ -52,14 +52,22 @@ def times_between(schedule: dj.NoiseSchedule, high: float, low: float, steps: in
 
 @pytest.fixture(scope="module")
 def exact():
-    """exact(sigma): v = x_t / signal on the probability flow from 20.1 * START, at the noise-to-signal ratio sigma."""
+    """exact(sigma): v = x_t / signal at the noise-to-signal ratio sigma, on the flow that has v = 20.1 START at sigma = 20.1.
+
+    Ends are from 20 to 0.05, up to the rounding of times.
+    """
 
     def flow(log_sigma, v):
         return (v.reshape(-1, 2) - best_x_0_hat(v.reshape(-1, 2), np.exp(log_sigma))).ravel()
 
     span, start = (np.log(20.1), np.log(0.0499)), 20.1 * START.ravel()
     solution = scipy.integrate.solve_ivp(flow, span, start, "DOP853", rtol=1e-12, atol=1e-13, dense_output=True).sol
-    return lambda sigma: solution(np.log(sigma)).reshape(-1, 2)
+
+    def at(sigma):
+        assert 0.0499 < sigma < 20.1
+        return solution(np.log(sigma)).reshape(-1, 2)
+
+    return at
 
 
 @EVERY_PATH

@@ -127,12 +127,12 @@ def test_sample_is_the_end_of_its_trajectory(variant, keys, shape):
 
     draw_path = variant(lambda table, keys: dj.sample_trajectory(denoise, table, keys, shape))
     draw = variant(lambda table, keys: dj.sample(denoise, table, keys, shape))
-    for make_table in TABLES:
+    for name, make_table in zip(NAMES, TABLES, strict=True):
         table = make_table(SCHEDULES[2], 4)
         path, x_0 = draw_path(table, keys), draw(table, keys)
         chex.assert_shape(path, (5, 8, *shape))
         chex.assert_type([path, x_0], jnp.float32)
-        np.testing.assert_array_equal(path[0], x_0)
+        np.testing.assert_array_equal(path[0], x_0, err_msg=name)
     assert set(seen) == {((8, *shape), (8,), "float32")}
 
 

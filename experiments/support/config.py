@@ -190,11 +190,15 @@ def choose_preset(args: list[str]) -> str:
     return preset if preset in PRESETS else "small" if jax.default_backend() == "cpu" else "paper"
 
 
+def check_calls(calls: int, num_timesteps: int) -> None:
+    require(1 <= calls <= num_timesteps, "sampling_timesteps", calls, f"between 1 and num_timesteps = {num_timesteps}")
+
+
 def check(config: Config) -> None:
     """Raise ValueError on the first invalid value or combination."""
     check_values(config)
-    calls, most = config.sampling_timesteps, config.num_timesteps
-    require(calls is None or 1 <= calls <= most, "sampling_timesteps", calls, f"between 1 and num_timesteps = {most}")
+    if config.sampling_timesteps is not None:
+        check_calls(config.sampling_timesteps, config.num_timesteps)
     losses = ("hybrid", "bound") if config.sigma_type == "learned" else ("l2", "l1", "distilled", "mean_flow")
     scaled = config.sigma_type != "learned" or config.target_type != "pred_x_0"
     require(scaled, "target_type", config.target_type, "other than pred_x_0 with --sigma-type learned")

@@ -1,4 +1,4 @@
-"""A run of mnist.py, from its command line to its first step."""
+"""Set up a run of mnist.py: its options, data, first state and folder."""
 
 import dataclasses
 import sys
@@ -31,16 +31,18 @@ from support.processes import (
 from support.saved_run import open_run
 from support.workdir import open_workdir
 
-SAME = ("target_type", "noise_schedule_type", "num_timesteps", "time_input", "image_size", "channels", "conditional")
-SAME += ("network", "embed_dim", "dim_scales", "depth", "patch_size", "sigma_type")
+INIT_MUST_SHARE = ("target_type", "noise_schedule_type", "num_timesteps", "time_input", "image_size", "channels", "conditional")
+INIT_MUST_SHARE += ("network", "embed_dim", "dim_scales", "depth", "patch_size", "sigma_type")
 
 
 class ImageRun(NamedTuple):
-    """The options, what the data say about the run included, the training data, the first state, and the run's folder."""
-
     config: Config
+    """The options, with what `described_by` adds from the data."""
     data: ImageData
+    """The training split."""
+    schedule: dj.NoiseSchedule
     state: dj.TrainState
+    """The state before the first step."""
     workdir: Path
     train_key: Key[Array, ""]
     sample_key: Key[Array, ""]
@@ -52,6 +54,8 @@ def set_up(description: str | None) -> ImageRun:
         join_processes(sys.argv[1:])
         with failing_together():
             config = parse_run(description)
+            schedule = model.make_schedule(config)
+            model.default_table(config, schedule, config.sampling_timesteps)  # if this fails, then before there is a folder
         data = in_turn(lambda: load_dataset(config.dataset, config.data_dir, "train", config.image_size, config.channels))
         with failing_together():
             config = described_by(config, data)
@@ -69,7 +73,7 @@ def set_up(description: str | None) -> ImageRun:
     if is_first_process():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
-    return ImageRun(config, data, state, workdir, train_key, sample_key)
+    return ImageRun(config, data, schedule, state, workdir, train_key, sample_key)
 
 
 def fingerprint(config: Config, data: ImageData) -> int:
@@ -82,7 +86,8 @@ def fingerprint(config: Config, data: ImageData) -> int:
 def with_init(config: Config, state: dj.TrainState) -> tuple[Config, dj.TrainState]:
     """The config and the state before the first step, with the network that --init names, if any.
 
-    The first process reads it, if there is no checkpoint yet or the run is distilled; the config then has its checksum.
+    The first process reads the network, if there is no checkpoint yet or the run is distilled. The config of a distilled run
+    gets the network's checksum.
     """
     distilled = config.loss_type == "distilled"
     with failing_together():
@@ -100,13 +105,13 @@ def started_from(init: str, config: Config, state: dj.TrainState) -> dj.TrainSta
     """The state before the first step, with the parameters of the network in `init`. A network of two times also has the layer
     "interval", which starts at 0.
 
-    Raises ValueError as `open_run` does, and unless the network there has the same options SAME and shapes. A distilled run
-    also needs a teacher of one time that has learned its data.
+    Raises ValueError as `open_run` does, and unless the network there has the same options INIT_MUST_SHARE and the same shapes.
+    A distilled run also needs a teacher of one time that has learned its data.
     """
     run = open_run(init, "init")
     distilled = config.loss_type == "distilled"
     require(not (distilled and run.config.few_calls), "init", init, "a run that is not itself distilled or mean_flow")
-    for name in SAME + (("dataset", "images") if distilled else ()):
+    for name in INIT_MUST_SHARE + (("dataset", "images") if distilled else ()):
         theirs, wanted = getattr(run.config, name), getattr(config, name)
         require(theirs == wanted, "init", init, f"a network with this run's {name} {wanted}, not {theirs}")
     arrays: list[Any] = [flatten_dict(params) for params in (run.restore("newest").ema_params, state.params)]

@@ -102,7 +102,7 @@ def make_denoiser(
 def default_table(config: Config, schedule: dj.NoiseSchedule, sampling_timesteps: int | None) -> dj.SamplerTable:
     """Ancestral sampling, by default with T calls, or the steps that a network of two times predicts, by default FEW."""
     if config.few_calls:
-        calls = sampling_timesteps or min(FEW, config.num_timesteps)
+        calls = min(FEW, config.num_timesteps) if sampling_timesteps is None else sampling_timesteps
         return dj.ddim_table(schedule, 0.0, dj.sampling_times(schedule, calls, SPACING))
     return dj.ancestral_table(schedule, config.sigma_type, sampling_timesteps)
 

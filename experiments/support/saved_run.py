@@ -16,7 +16,7 @@ import diffusion_jax as dj
 from diffusion_jax.checkpoints import open_checkpoints, restore, restore_latest
 from support import model
 from support.command_line import require
-from support.config import Config, check
+from support.config import Config, check, check_calls
 from support.data import ImageData, Split, load_dataset
 from support.exported import SUFFIX, read_options, read_params
 from support.machine import random_key
@@ -153,8 +153,7 @@ def solver_table(
         "consistency": dj.consistency_table,
     }
     calls = schedule.num_timesteps if calls is None else calls
-    most = schedule.num_timesteps
-    require(1 <= calls <= most, "sampling_timesteps", calls, f"between 1 and num_timesteps = {most}")
+    check_calls(calls, schedule.num_timesteps)
     steps = (calls + 1) // 2 if sampler == "heun" else calls
     return tables[sampler](schedule, sampling_timesteps=dj.sampling_times(schedule, steps, spacing))
 
