@@ -55,7 +55,7 @@ def set_up(description: str | None) -> ImageRun:
         with failing_together():
             config = parse_run(description)
             schedule = model.make_schedule(config)
-            model.default_table(config, schedule, config.sampling_timesteps)  # if this fails, then before there is a folder
+            model.default_table(config, schedule, config.sampling_timesteps)  # fails before a folder is made, if at all
         data = in_turn(lambda: load_dataset(config.dataset, config.data_dir, "train", config.image_size, config.channels))
         with failing_together():
             config = described_by(config, data)
