@@ -172,11 +172,8 @@ def _weights(nodes: np.ndarray, step: np.ndarray, zeta: float, variable: str = "
     density = POINT_WEIGHTS * np.exp(zeta * theta - max(zeta, 0))
     place = np.asarray if variable == "log_snr" else lambda lambdas: 1 / np.sqrt(1 + np.exp(-2 * lambdas))
     begin, end = place(step)
-
-    def at(lambdas):
-        return (place(lambdas) - begin) / (end - begin)
-
-    moments = density @ at(step[0] + theta * (step[1] - step[0]))[:, None] ** powers / density.sum()
+    points, nodes = ((place(lambdas) - begin) / (end - begin) for lambdas in (step[0] + theta * (step[1] - step[0]), nodes))
+    moments = density @ points[:, None] ** powers / density.sum()
     if len(nodes) == 2 and variable == "log_snr" and not exact:
         moments[1] = 1 / 2
-    return np.linalg.solve(at(nodes)[None, :] ** powers[:, None], moments)
+    return np.linalg.solve(nodes[None, :] ** powers[:, None], moments)
