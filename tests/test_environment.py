@@ -71,6 +71,7 @@ def raise_no_space() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_stdout_of_ascii_gets_all_results(tmp_path):
     args = ["--iterations", "2", "--batch-size", "8", "--embed-dim", "4", "--workdir", tmp_path / "run"]
     said = finish(start("coins.py", *args, PYTHONIOENCODING="ascii"))
@@ -81,9 +82,11 @@ def test_a_stdout_of_ascii_gets_all_results(tmp_path):
 HAS_CUDA = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
-@pytest.mark.parametrize(
-    "platform", ["foo", pytest.param("cuda", marks=pytest.mark.skipif(HAS_CUDA, reason="JAX's support for CUDA is installed"))]
-)
+NO_CUDA = pytest.mark.skipif(HAS_CUDA, reason="JAX's support for CUDA is installed")
+
+
+@pytest.mark.parametrize("platform", ["foo", pytest.param("cuda", marks=NO_CUDA)])
+@pytest.mark.slow
 def test_a_platform_that_is_not_here_is_named_in_one_line(tmp_path, platform):
     for script in ("mnist.py", "mixture.py"):
         said = finish(start(script, "--workdir", tmp_path / "run", JAX_PLATFORMS=platform), 2)

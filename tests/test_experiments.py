@@ -127,6 +127,7 @@ def conditional(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_conditional_run_draws_the_classes_that_are_asked_for(conditional, tmp_path):
     def drawn(labels: str, scale: str = "2"):
         args = ["--labels", *labels, "--guidance-scale", scale, "--out", tmp_path / "x.npy"]
@@ -140,6 +141,7 @@ def test_a_conditional_run_draws_the_classes_that_are_asked_for(conditional, tmp
     assert np.abs(asked - less).max(axis=(1, 2, 3)).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_conditional_run_learns_of_no_class_too(conditional):
     config = Config(**json.loads((conditional / "config.json").read_text()))
     first = model.initial_state(config, jax.random.split(jax.random.key(config.seed), 3)[0]).params
@@ -216,6 +218,7 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
     assert results["generated"] == results["test"]
 
 
+@pytest.mark.slow
 def test_mixture_draws_its_figures_and_resumes(tmp_path):
     args = ["--workdir", tmp_path, "--iterations", "30", "--checkpoint-every", "10"]
     assert "%|" in run("mixture.py", *args)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,14 @@ BLOCKS = 2 + 2 + 2 + 1  # two each way, in the middle, and the last
 NORMALIZATIONS = 2 * BLOCKS + 2
 CONVOLUTIONS = 2 * BLOCKS
 SCHEDULE = dj.cosine_schedule(CONFIG.num_timesteps)
-STATE = model.initial_state(CONFIG, jax.random.key(0))
 PROGRAMS_OF_SHARDING = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 ON_EACH = pytest.mark.parametrize("platform", ["cuda", "tpu"])
 IN_EACH = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+
+
+@cache
+def initial_state(network: str = "unet") -> dj.TrainState:
+    return model.initial_state(dataclasses.replace(CONFIG, network=network, depth=2), jax.random.key(0))
 
 
 def lowered(fn, platform, *operands, allowed: tuple[str, ...] = ()) -> str:
@@ -48,7 +52,7 @@ def assert_made_for_accelerators(program: str, custom_calls: tuple[str, ...] = (
 def step_and_operands(config):
     """The training step of a state's leaves, since JAX's export puts things into a state that the tests' type checks refuse."""
     step = training_step(objective.make_loss(config, SCHEDULE), jax.random.key(0), 8, 0.0)
-    leaves, structure = jax.tree.flatten(STATE if config.network == "unet" else model.initial_state(config, jax.random.key(0)))
+    leaves, structure = jax.tree.flatten(initial_state(config.network))
 
     def step_of_leaves(leaves, *batch, mean_over_devices):
         state, (images, labels, *which) = jax.tree.unflatten(structure, leaves), batch
@@ -71,7 +75,7 @@ def on_eight(step):
 
 @ON_EACH
 @IN_EACH
-@pytest.mark.parametrize("spread", [on_one, on_eight])
+@pytest.mark.parametrize("spread", [on_one, pytest.param(on_eight, marks=pytest.mark.slow)])
 def test_training_step(platform, precision, spread):
     step, operands = step_and_operands(dataclasses.replace(CONFIG, precision=precision))
     layouts = ("LayoutConstraint",) if platform == "cuda" else ()  # of the kernels' gradients
@@ -109,7 +113,7 @@ def test_sampling(platform, precision, sample):
         denoise = model.make_denoiser(config, SCHEDULE, params)
         return sample(denoise, table, dj.example_keys(jax.random.key(0), examples), model.image_shape(config))
 
-    program = lowered(draw, platform, STATE.params, jax.ShapeDtypeStruct((8,), jnp.int32))
+    program = lowered(draw, platform, initial_state().params, jax.ShapeDtypeStruct((8,), jnp.int32))
     assert_made_for_accelerators(program)
     assert count("convolution", program) == CONVOLUTIONS
     assert count("while", program) >= 1
@@ -125,4 +129,4 @@ def test_evaluation(platform):
         return dj.bound_bits(SCHEDULE, model.make_denoiser(CONFIG, SCHEDULE, params), x_0, t, eps)
 
     x_0, t = jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
-    assert_made_for_accelerators(lowered(bits, platform, STATE.params, x_0, t, x_0))
+    assert_made_for_accelerators(lowered(bits, platform, initial_state().params, x_0, t, x_0))

@@ -20,7 +20,7 @@ from support.exported import read_params, write_model
 from support.image_run import started_from
 from support.saved_run import TRAINED, open_run, solver_table
 
-CONFIG = Config(embed_dim=4, dim_scales=(1,), num_timesteps=12)
+CONFIG = Config(network="dit", embed_dim=4, depth=1, patch_size=8, num_timesteps=12)
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,15 @@ def test_every_bit_of_float32_comes_back_with_the_options(tmp_path, params):
     assert (run.config, int(state.step), run.schedule.num_timesteps) == (CONFIG, 7, 12)
     equal(state.ema_params, params)
     plain = safetensors.numpy.load_file(file)
-    assert plain["down_0_block_1/conv_1/kernel"].shape == (3, 3, 4, 4)
+    assert plain["block_1/mlp_1/kernel"].shape == (4, 16)
     np.testing.assert_array_equal(plain["time_1/kernel"], params["time_1"]["kernel"])
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_the_ways_to_read_it_that_the_docs_show(tmp_path, params, monkeypatch):
-    write_model(tmp_path / "mnist.safetensors", CONFIG, params, 7, np.float32)
+def test_the_ways_to_read_it_that_the_docs_show(tmp_path, monkeypatch):
+    config = Config(embed_dim=4, dim_scales=(1,))
+    params = jax.device_get(model.initial_state(config, jax.random.key(3)).params)
+    write_model(tmp_path / "mnist.safetensors", config, params, 7, np.float32)
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
     with_numpy, _, with_jax = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -56,7 +58,7 @@ def test_the_ways_to_read_it_that_the_docs_show(tmp_path, params, monkeypatch):
     np.testing.assert_array_equal(names["kernel"], params["down_0_block_1"]["conv_1"]["kernel"])
     exec(with_jax, names)
     x_t, t = jax.numpy.zeros((1, 32, 32, 1)), jax.numpy.ones(1)
-    expected = model.make_network(CONFIG).apply({"params": jax.device_put(params)}, x_t, t)
+    expected = model.make_network(config).apply({"params": jax.device_put(params)}, x_t, t)
     np.testing.assert_array_equal(names["prediction"], expected)
 
 
@@ -122,8 +124,8 @@ def test_a_run_is_distilled_from_its_like_only(tmp_path, theirs, own, wanted):
 
 def test_options_that_are_newer_than_the_file_have_the_value_that_describes_it(tmp_path, params):
     file = tmp_path / "net.safetensors"
-    older = dataclasses.make_dataclass("Older", [f for f in dataclasses.asdict(CONFIG) if f != "patch_size"])
-    options = {name: value for name, value in dataclasses.asdict(CONFIG).items() if name != "patch_size"}
+    older = dataclasses.make_dataclass("Older", [f for f in dataclasses.asdict(CONFIG) if f != "time_density"])
+    options = {name: value for name, value in dataclasses.asdict(CONFIG).items() if name != "time_density"}
     write_model(file, older(**options), params, 7, np.float32)
     assert open_run(str(file)).config == CONFIG
 

@@ -84,9 +84,8 @@ def rows(workdir: Path) -> int:
     return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_by_a_signal_it_saves_and_says_how_to_go_on(trained, tmp_path, number, status):
     workdir = tmp_path / "stopped"
     process = start("mnist.py", *TINY, "--workdir", workdir)
@@ -108,6 +107,7 @@ def test_the_second_signal_does_what_it_always_did():
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     args = ["--workdir", tmp_path / "run", "--learning-rate", "1e30", "--checkpoint-every", "1", "--sample-every", "0"]
     said = run("mnist.py", *TINY, *args, "--seed", "3", status=1)
@@ -242,6 +242,7 @@ def test_a_full_disk_stops_the_run_and_leaves_its_last_checkpoint(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     first = start("mnist.py", *LONG, "--workdir", tmp_path / "run")
     wait_for(first, lambda: (tmp_path / "run" / "lock").exists())

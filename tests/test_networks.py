@@ -27,13 +27,15 @@ NETWORKS = {
     "unet of patches": (UNet(3, 4, (1, 2), patch_size=2), IMAGES),
     "dit": (DiT(3, 8, 2, 2), IMAGES),
 }
-EACH = pytest.mark.parametrize(("network", "inputs"), NETWORKS.values(), ids=NETWORKS)
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "unet2" else []) for name in NETWORKS]
+)
 OF_IMAGES = pytest.mark.parametrize("network", [UNet(3, 4, (1, 2)), DiT(3, 4, 1, 2)], ids=["unet", "dit"])
 
 
 @EACH
-def test_every_parameter_and_input_matters_and_examples_do_not_mix(network, inputs):
-    x_t, t = inputs
+def test_every_parameter_and_input_matters_and_examples_do_not_mix(name):
+    network, (x_t, t) = NETWORKS[name]
     variables = randomized(network, x_t, t)
 
     @jax.jit

@@ -130,7 +130,8 @@ def test_trajectories_are_the_samples_of_the_teacher_and_the_way_to_them():
 
 
 @pytest.mark.parametrize(
-    ("path", "target_type", "network"), [("cosine", "pred_v", "unet"), ("flow", "pred_u", "dit"), ("ve", "edm", "dit")]
+    ("path", "target_type", "network"),
+    [pytest.param("cosine", "pred_v", "unet", marks=pytest.mark.slow), ("flow", "pred_u", "dit"), ("ve", "edm", "dit")],
 )
 def test_a_distilled_network_begins_as_its_teacher(path, target_type, network):
     teacher = dataclasses.replace(CONFIG, noise_schedule_type=path, target_type=target_type, network=network, dim_scales=(1,))

@@ -14,6 +14,7 @@ from support.data import load_dataset
 from support.exported import write_model
 from support.saved_run import open_run, solver_table
 
+pytestmark = pytest.mark.slow
 SMALL = [*TINY[2:], "--patch-size", "4"]  # without --dataset digits
 LEARNING = ["--embed-dim", "16", "--learning-rate", "0.01", "--warmup", "5", "--conditional", "--image-size", "12"]
 LEARNING += ["--iterations", "100", "--checkpoint-every", "50", "--sample-every", "50"]
@@ -102,7 +103,6 @@ def test_classes_are_asked_for_only_where_there_are_some(coloured, photos, tmp_p
     assert "--conditional must be left out for images without classes" in run("mnist.py", *args, status=2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("what", "columns"), [("inpaint", 6), ("interpolate", 11), ("image-to-image", 5)])
 def test_held_out_images_are_edited_in_colour(coloured, tmp_path, what, columns):
     args = ["--what", what, "--num-images", "2", "--out", tmp_path / "edit.png"]
@@ -137,7 +137,6 @@ def test_images_in_a_file_are_shuffled_alike_after_a_kill(mapped, tmp_path):
     assert_same_run(tmp_path / "killed", mapped / "whole")
 
 
-@pytest.mark.slow
 def test_images_in_a_file_are_shared_by_devices_and_learned_in_bfloat16(mapped, tmp_path):
     def losses(workdir: Path, *args: object, devices: int = 1) -> np.ndarray:
         if not workdir.exists():
@@ -152,7 +151,6 @@ def test_images_in_a_file_are_shared_by_devices_and_learned_in_bfloat16(mapped, 
     assert np.load(tmp_path / "x.npy").shape == (2, 8, 8, 3)
 
 
-@pytest.mark.slow
 def test_images_without_classes_are_judged_without_the_classifier(mapped, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(mapped / "whole", workdir)
@@ -169,7 +167,6 @@ def test_images_without_classes_are_judged_without_the_classifier(mapped, tmp_pa
     assert Image.open(workdir / "samplers.png").size[0] > 500
 
 
-@pytest.mark.slow
 def test_images_with_classes_are_judged_by_a_classifier_of_their_own(coloured, photos, tmp_path):
     shutil.copytree(coloured, tmp_path / "run")
     args = ["--workdir", tmp_path / "run", "--num-samples", "100", "--sampling-timesteps", "2", "--bound-images", "0"]
@@ -184,7 +181,6 @@ def test_images_with_classes_are_judged_by_a_classifier_of_their_own(coloured, p
     assert results["generated"] == results["test"]
 
 
-@pytest.mark.slow
 def test_the_recipe_for_cifar10_runs_on_made_images(tmp_path):
     """As in docs/commands.md, but for the number of steps, of images in a step and of samples."""
     rng = np.random.default_rng(0)

@@ -57,7 +57,7 @@ def assert_same(actual, expected):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5), actual, expected)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)])
 def test_jit_on_a_mesh(params, on_one_device, axis_type):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(axis_type,))
     sharded = jax.device_put(inputs(), NamedSharding(mesh, P("batch")))
@@ -68,6 +68,7 @@ def test_jit_on_a_mesh(params, on_one_device, axis_type):
     assert_same(actual, on_one_device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(params, on_one_device, check_vma):
     def shard(params, x, t, keys):

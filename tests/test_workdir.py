@@ -46,7 +46,9 @@ def test_rows_that_are_lost_are_missed_and_no_row_is_there_twice(tmp_path):
     assert (tmp_path / "metrics.csv").read_text().splitlines(keepends=True) == [whole[0], *whole[7:]]
 
 
-@pytest.mark.parametrize("what", ["removed", "empty", "without rows"])
+@pytest.mark.parametrize(
+    "what", ["removed", *(pytest.param(left, marks=pytest.mark.slow) for left in ("empty", "without rows"))]
+)
 def test_a_finished_run_without_its_metrics_draws_what_it_can(trained, tmp_path, what):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
