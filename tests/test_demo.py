@@ -66,8 +66,8 @@ OPTIONS = [
     ("unconditional", "ancestral", [], 1),
     ("conditional", "heun", [3, 7, 1], 1),
     ("conditional", "dpm_solver_3m", [], 2.5),
-    ("learned variance", "ancestral", [], 1),
-    ("mean flow", "ddim", [], 1),
+    pytest.param("learned variance", "ancestral", [], 1, marks=pytest.mark.slow),
+    pytest.param("mean flow", "ddim", [], 1, marks=pytest.mark.slow),
     ("mean flow", "consistency", [4], 2.5),
 ]
 

@@ -66,6 +66,7 @@ def test_sample_draws_the_same_whatever_the_count_and_the_devices(trained, tmp_p
     assert np.ptp(many, axis=0).max() > 0.01
 
 
+@pytest.mark.slow
 def test_sample_writes_a_grid(trained, tmp_path):
     args = ["--sampler", "dpm_solver", "--num-samples", "7", "--out", tmp_path / "grid.PNG"]
     run("sample.py", "--workdir", trained, *args)

@@ -68,7 +68,7 @@ def test_the_step_is_compiled_once(devices):
     assert not any(map(is_compile, compiled))
 
 
-@pytest.mark.parametrize("name", ["mlp", "dit", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dit", "unet"))])
 def test_one_and_four_devices_train_alike(name):
     state, step, x_0 = setup(name)
     one, one_losses = run(compile_step(step, 1), state, x_0, 5)
