@@ -105,6 +105,21 @@ def test_one_column_off_by_two_percent_is_seen(statistic, name, column):
     assert statistic(wrong) > CRITICAL
 
 
+@pytest.mark.parametrize(("scale", "is_right"), [(1.0, True), (1.02, False)])
+def test_one_call_of_the_exact_average_velocity_gives_the_data(scale, is_right):
+    """From t = T on rectified flow, where x_T is normal, every point keeps its quantile (eq. 20)."""
+    flow, grid = dj.flow_schedule(8), np.linspace(-4, 4, 8001)
+
+    def network(x_t, t, s):
+        x_0 = jnp.interp(jax.scipy.stats.norm.cdf(x_t), distribution(grid), grid)
+        return scale * (x_t - x_0)
+
+    table, keys = dj.ddim_table(flow, 0.0, 1), jax.random.split(jax.random.key(3), 8)
+    denoise = dj.make_denoiser(flow, dj.jumping(network, table), "pred_u")
+    samples = dj.sample(denoise, table, keys, (DRAWS // 8,))
+    assert (chi_square(np.asarray(samples, np.float64)) < CRITICAL) == is_right
+
+
 def inverse(share: np.ndarray) -> np.ndarray:
     """x with distribution(x) = share, by bisection."""
     low, high = np.full_like(share, -9), np.full_like(share, 9)
