@@ -97,7 +97,7 @@ def jumping(network: Network, table: SamplerTable) -> Predict:
 
     def predict(x_t: Float[Array, "B *shape"], t: Real[Array, " B"]) -> Any:
         times, a = (jnp.asarray(column, jnp.float32) for column in (table.t, table.a))
-        following = jnp.where(a == 0, 0.0, jnp.append(times[1:], jnp.float32(0.0)))
+        following = jnp.where(a == 0, 0.0, jnp.append(times[1:], 0))
         here = times[None] == t[:, None]
         s = jnp.where(here.any(axis=1), jnp.where(here, following[None], 0.0).max(axis=1), jnp.nan)
         return network(x_t, t, s)

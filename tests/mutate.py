@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -48,6 +48,11 @@ PAIRS = [("t", "s"), ("signal", "noise"), ("x_t", "x_0"), ("k", "m"), ("signal_t
 PAIRS += [("p", "q"), ("to_p", "to_q"), ("a", "b"), ("e", "f"), ("nodes", "lambdas"), ("rise", "fall"), ("w", "unknown")]
 SWAPS = {one: other for pair in PAIRS for one, other in (pair, pair[::-1])}
 EQUIVALENT = {
+    "jnp.append(times[1:]": "the last step is known by its a",
+    "check_shape(": "all have one shape",
+    "len(": "all have one length",
+    "jnp.ones_like(": "all have one shape",
+    "jnp.zeros_like(": "all have one shape",
     "x_0.ndim": "x_0 and x_t have one rank",
     "x_t.ndim": "x_0 and x_t have one rank",
     "jnp.linalg.norm(matrix) + 1.01": "any number that is small",
@@ -60,6 +65,8 @@ EQUIVALENT = {
 }
 # No type checks: jaxtyping's hook must come before the first import of diffusion_jax, so a second pytest.main would fail.
 ARGUMENTS = ["-xqq", "-o", "addopts=", "-m", "not slow", "-p", "no:cacheprovider"]
+NOTICES = (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)  # the latter: a file cannot be imported
+NOTICED = defaultdict(Counter)  # for each module the tests that noticed a mutant, and how many
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "chex", "optax", "flax.linen", "scipy.stats", "beartype"])
 
@@ -137,13 +144,18 @@ def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
 
 
 def survives(mutant: Mutant) -> bool:
-    """Run the tests of a mutant's module in a process of their own; whether all of them pass."""
+    """Run the tests of a mutant's module in a process of their own; whether all of them pass.
+
+    Tests that noticed other mutants of the module come first, the most successful ones before the others.
+    """
+    noticed = NOTICED[mutant.module]
     with tempfile.TemporaryDirectory() as folder:
         for part in ("diffusion_jax", "tests", "experiments"):
             shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         (Path(folder) / "diffusion_jax" / f"{mutant.module}.py").write_text(mutant.source)
-        process = PROCESSES.Process(target=run_tests, args=(folder, SUITES[mutant.module].split()))
+        first = [test for test, _ in noticed.most_common(8)]
+        process = PROCESSES.Process(target=run_tests, args=(folder, first, SUITES[mutant.module].split()))
         process.start()
         process.join(timeout=400)
         if process.is_alive():  # a loop that never ends
@@ -154,21 +166,32 @@ def survives(mutant: Mutant) -> bool:
         result = Path(folder) / "result"
         if not result.exists():
             raise RuntimeError(f"pytest could not run on {mutant.change}")
-        return result.read_text() == "passed"
+        noticed.update(line for line in result.read_text().splitlines() if "::" in line)
+        return result.read_text() == ""
 
 
-def run_tests(folder: str, suites: list[str]) -> None:
+class Failures:
+    """A plugin of pytest that keeps the tests that fail."""
+
+    def __init__(self) -> None:
+        self.tests = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.tests += [report.nodeid] if report.failed else []
+
+
+def run_tests(folder: str, tests: list[str], suites: list[str]) -> None:
     os.chdir(folder)
     sys.path.insert(0, folder)
     os.environ["PYTHONPATH"] = folder
-    code = pytest.ExitCode.OK
+    failures, code = Failures(), pytest.ExitCode.OK
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        for suite in suites:
-            code = pytest.main([*ARGUMENTS, f"tests/test_{suite}.py"])
-            if code != pytest.ExitCode.OK:
+        for files in filter(None, [tests, *([f"tests/test_{suite}.py"] for suite in suites)]):
+            code = pytest.main([*ARGUMENTS, *files], [failures])
+            if code in NOTICES:
                 break
-    if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):  # the last: a file's import
-        Path("result").write_text("passed" if code == pytest.ExitCode.OK else "failed")
+    if code == pytest.ExitCode.OK or code in NOTICES:
+        Path("result").write_text("" if code == pytest.ExitCode.OK else "\n".join(failures.tests) or "at import")
 
 
 def main() -> None:
