@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import scipy.integrate
 from walks import best_x_0_hat, denoiser, walk
 
@@ -200,6 +201,12 @@ def test_min_snr_weighs_an_error_of_x_0(path, target_type):
     np.testing.assert_allclose(loss, np.minimum((signal / noise) ** 2, 5) * 0.01, rtol=1e-6)
 
 
+def test_min_snr_at_both_ends():
+    """At t = 0 the target x_0 has no error to weigh, and without signal the target eps knows nothing of x_0."""
+    assert dj.min_snr_weight(PATHS["flow"], "pred_x_0", cap=7.0)[0] == 7
+    assert dj.min_snr_weight(PATHS["flow"], "pred_eps", cap=7.0)[-1] == 1
+
+
 def test_times_that_are_one_in_float32_are_refused():
     with pytest.raises(ValueError, match="4000 times spaced in karras are too close for float32"):
         dj.sampling_times(dj.cosine_schedule(4000), 4000, "karras")
@@ -361,9 +368,9 @@ def test_times_are_drawn_with_their_density(path, density):
     assert t.max() <= T
     np.testing.assert_allclose(np.bincount(t, minlength=T + 1)[1:], n * probabilities, atol=3)
     if density == "log_normal":
-        log_sigma = np.log(PATHS[path].sigma[t])
-        finite = log_sigma[np.isfinite(log_sigma)]
-        assert np.median(finite) == pytest.approx(-1.2, abs=0.05)
+        log_sigma = np.log(PATHS[path].sigma[1:])
+        below = scipy.stats.norm.cdf((log_sigma[1:] + log_sigma[:-1]) / 2, -1.2, 1.2)  # Karras et al. 2022, table 1
+        np.testing.assert_allclose(np.cumsum(probabilities)[:-1], below, atol=1e-12)
     if density == "logit_normal":
         # P(|N(0, 1)| < log 3) = 0.728, and half of the quarter that is uniform
         assert np.mean((t > 250) & (t <= 750)) == pytest.approx(0.75 * 0.728 + 0.125, abs=0.003)
