@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 import scipy.integrate
+import scipy.stats
 from walks import best_x_0_hat, denoiser, walk
 
 import diffusion_jax as dj
