@@ -66,7 +66,7 @@ EQUIVALENT = {
 # No type checks: jaxtyping's hook must come before the first import of diffusion_jax, so a second pytest.main would fail.
 ARGUMENTS = ["-xqq", "-o", "addopts=", "-m", "not slow", "-p", "no:cacheprovider"]
 NOTICES = (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)  # the latter: a file cannot be imported
-NOTICED = defaultdict(Counter)  # for each module the tests that noticed a mutant, and how many
+NOTICED = defaultdict(list)  # for each module the tests that noticed a mutant, the last one first
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "chex", "optax", "flax.linen", "scipy.stats", "beartype"])
 
@@ -146,16 +146,15 @@ def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
 def survives(mutant: Mutant) -> bool:
     """Run the tests of a mutant's module in a process of their own; whether all of them pass.
 
-    Tests that noticed other mutants of the module come first, the most successful ones before the others.
+    The tests that noticed the mutants before it come first.
     """
     noticed = NOTICED[mutant.module]
     with tempfile.TemporaryDirectory() as folder:
         for part in ("diffusion_jax", "tests", "experiments"):
-            shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / part, Path(folder) / part)
         shutil.copy(ROOT / "pyproject.toml", folder)
         (Path(folder) / "diffusion_jax" / f"{mutant.module}.py").write_text(mutant.source)
-        first = [test for test, _ in noticed.most_common(8)]
-        process = PROCESSES.Process(target=run_tests, args=(folder, first, SUITES[mutant.module].split()))
+        process = PROCESSES.Process(target=run_tests, args=(folder, noticed[:8], SUITES[mutant.module].split()))
         process.start()
         process.join(timeout=400)
         if process.is_alive():  # a loop that never ends
@@ -166,8 +165,9 @@ def survives(mutant: Mutant) -> bool:
         result = Path(folder) / "result"
         if not result.exists():
             raise RuntimeError(f"pytest could not run on {mutant.change}")
-        noticed.update(line for line in result.read_text().splitlines() if "::" in line)
-        return result.read_text() == ""
+        failed = result.read_text().splitlines()
+        noticed[:] = dict.fromkeys([*(test for test in failed if "::" in test), *noticed])
+        return not failed
 
 
 class Failures:
