@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.special
 import scipy.stats
 from walks import best_x_0_hat, denoiser, walk
 
@@ -372,8 +373,9 @@ def test_times_are_drawn_with_their_density(path, density):
         below = scipy.stats.norm.cdf((log_sigma[1:] + log_sigma[:-1]) / 2, -1.2, 1.2)  # Karras et al. 2022, table 1
         np.testing.assert_allclose(np.cumsum(probabilities)[:-1], below, atol=1e-12)
     if density == "logit_normal":
-        # P(|N(0, 1)| < log 3) = 0.728, and half of the quarter that is uniform
-        assert np.mean((t > 250) & (t <= 750)) == pytest.approx(0.75 * 0.728 + 0.125, abs=0.003)
+        rows = np.arange(1, T)  # three quarters are logit-normal, one is uniform
+        below = 0.75 * scipy.stats.norm.cdf(scipy.special.logit((rows + 0.5) / T)) + 0.25 * rows / T
+        np.testing.assert_allclose(np.cumsum(probabilities)[:-1], below, atol=1e-12)
 
 
 def test_an_unknown_choice_is_named():
