@@ -155,3 +155,18 @@ def test_unknown_choices_are_named(keys):
         dj.diffusion_loss(TWO_STEPS, predict, x, keys, "eps")
     with pytest.raises(ValueError, match="loss_type must be one of l2, l1; got 'mse'"):
         dj.diffusion_loss(TWO_STEPS, predict, x, keys, loss_type="mse")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "target_type"),
+    [(dj.flow_schedule(1), "pred_eps"), (dj.cosine_schedule(8), lambda signal, noise: (signal, noise))],
+    ids=["no signal", "x_t itself"],
+)
+def test_a_target_that_does_not_determine_x_0_is_refused(schedule, target_type):
+    with pytest.raises(ValueError, match="x_0 does not follow from"):
+        dj.make_denoiser(schedule, lambda x_t, t: x_t, target_type)
+
+
+def test_a_clip_of_zero_is_refused():
+    with pytest.raises(ValueError, match="clip must be positive or None, got 0"):
+        dj.make_denoiser(TWO_STEPS, lambda x_t, t: x_t, clip=0.0)
