@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SUITES = {  # the quickest to notice first
     "schedules": "schedules peers paths properties reference sampling",
-    "diffusion": "diffusion reference loss_oracle properties sampling paths",
+    "diffusion": "diffusion reference loss_oracle properties sampling likelihood paths",
     "losses": "diffusion loss_oracle reference paths likelihood",
     "sampling": "sampling reference peers properties gaussian_oracle editing paths",
     "solvers": "peers sampling paths",

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import diffusion_jax as dj
+from diffusion_jax.diffusion import look_up
 
 TARGETS = ("pred_x_0", "pred_eps", "pred_v")
 SHAPES = [(2,), (4, 4, 1)]
@@ -170,3 +171,27 @@ def test_a_target_that_does_not_determine_x_0_is_refused(schedule, target_type):
 def test_a_clip_of_zero_is_refused():
     with pytest.raises(ValueError, match="clip must be positive or None, got 0"):
         dj.make_denoiser(TWO_STEPS, lambda x_t, t: x_t, clip=0.0)
+
+
+def test_rows_are_joined_by_lines_that_have_their_slope_at_the_last_row_too():
+    t = jnp.array([0.5, 2.25, 3.0])
+    values, slopes = jax.jvp(lambda t: look_up(np.array([0.0, 1, 3, 7]), t, t), (t,), (jnp.ones(3),))
+    np.testing.assert_allclose(values, [0.5, 4, 7])
+    np.testing.assert_allclose(slopes, [1, 4, 4])
+
+
+def test_a_network_may_be_told_the_log_snr_as_a_number_from_0_to_1000():
+    path = dj.schedule_from_columns(signal=np.array([1.0, 1, 0]), noise=np.array([0.0, 1, 1]))
+    network = dj.normalized(path, lambda x_t, told: told[:, None], "log_snr")
+    np.testing.assert_allclose(network(jnp.ones((3, 1)), jnp.arange(3)), [[0], [500], [1000]], rtol=1e-6)
+
+
+def test_a_prediction_without_a_fraction_has_the_lower_bound_of_the_variance(keys):
+    """With a fraction of 0, ancestral sampling with learned variances is that with the lower bound."""
+    schedule, table = dj.cosine_schedule(8), dj.ancestral_table(dj.cosine_schedule(8), "learned")
+    denoise = dj.make_denoiser(schedule, lambda x_t, t: 0.5 * x_t, "pred_v")
+    with_zeros = dj.make_denoiser(schedule, lambda x_t, t: (0.5 * x_t, 0 * x_t), "pred_v")
+    learned, zeros = (dj.sample(each, table, keys, (3,)) for each in (denoise, with_zeros))
+    expected = dj.sample(denoise, dj.ancestral_table(schedule, "lower_bound"), keys, (3,))
+    np.testing.assert_allclose(learned, expected, rtol=1e-5)
+    np.testing.assert_allclose(zeros, expected, rtol=1e-5)
