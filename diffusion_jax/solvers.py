@@ -68,7 +68,7 @@ def multistep_table(
         zeta = -np.log(table.a * signal[:-1] / signal[1:])
     zeta = np.where(np.isinf(zeta), np.diff(lambdas), zeta)
     coefficients, steps = np.zeros((len(table.t), 1 + MEMORY)), len(table.t)
-    before, mean_before = lambdas[:1], np.ones(1)
+    before = mean_before = np.empty(0)  # the first step does not use them
     for i in range(steps):
         nodes, mean = lambdas[_used(i, order, steps)], np.ones(1)
         if len(nodes) > 1:

@@ -28,6 +28,7 @@ SOLVERS = {
     "dpm solver": (dj.dpm_solver_table, 2),
     "dpm solver 3m": (partial(dj.dpm_solver_table, order=3), 3),
     "heun": (dj.heun_table, 2),
+    "unipc 1": (partial(dj.unipc_table, order=1), 2),
     "unipc 2": (dj.unipc_table, 3),
     "unipc 3": (partial(dj.unipc_table, order=3), 4),
     "unipc 2 in the signal": (partial(dj.unipc_table, variable="signal"), 3),
@@ -391,6 +392,23 @@ def test_an_unknown_choice_is_named():
         dj.unipc_table(PATHS["flow"], order=4)
     with pytest.raises(ValueError, match="churn must be at least 0, got -1"):
         dj.heun_table(PATHS["flow"], churn=-1.0)
+
+
+def rising(*noise: float) -> dj.NoiseSchedule:
+    return dj.schedule_from_columns(np.ones(len(noise)), np.array(noise))
+
+
+def test_a_heun_step_that_divides_sigma_by_ten_or_more_is_not_corrected():
+    np.testing.assert_array_equal(dj.heun_table(rising(0, 1, 10, 100.5)).t, [3, 2, 1])
+    np.testing.assert_array_equal(dj.heun_table(rising(0, 1, 9.99, 100.5)).t, [3, 2, 1, 1])
+
+
+def test_churn_reaches_both_ends_of_its_range_and_adds_its_noise_to_any_row():
+    table = dj.heun_table(rising(0, 1, 10, 100.5), churn=3.0, churn_range=(10.0, 10.0))
+    assert len(table.t) == 3
+    assert table.t[1] == pytest.approx(2 + 10 * (2**0.5 - 1) / 90.5)  # where sigma is sqrt(2) times 10
+    assert table.a[0] + table.b[0] == pytest.approx(1)
+    assert np.hypot(100.5 * table.a[0], table.c[0]) == pytest.approx(10 * 2**0.5, rel=1e-5)
 
 
 def test_stratified_times_halve_the_deviation_of_a_batchs_loss():
