@@ -147,5 +147,5 @@ def draw_times(probabilities: Float[np.ndarray, " T"], u: Float[Array, " B"]) ->
 
     For a low-discrepancy batch of size B, use u_i = (u_0 + i / B) modulo 1 [Kingma et al. 2021, app. I.1].
     """
-    above = jnp.asarray(np.cumsum(probabilities)[:-1] / np.sum(probabilities), jnp.promote_types(u.dtype, jnp.float32))
+    above = jnp.asarray(np.cumsum(probabilities)[:-1], jnp.promote_types(u.dtype, jnp.float32))
     return 1 + jnp.searchsorted(above, u, side="right").astype(jnp.int32)

@@ -53,6 +53,7 @@ EQUIVALENT = {
     "len(": "all have one length",
     "jnp.ones_like(": "all have one shape",
     "jnp.zeros_like(": "all have one shape",
+    "x_0.dtype": "x_0 and x_t have one dtype",
     "x_0.ndim": "x_0 and x_t have one rank",
     "x_t.ndim": "x_0 and x_t have one rank",
     "jnp.linalg.norm(matrix) + 1.01": "any number that is small",
