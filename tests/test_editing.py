@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,10 +139,11 @@ def test_the_rest_of_a_walk_goes_on_where_the_whole_walk_was():
     assert list(rest.t) == [40, 30, 20, 10]
     np.testing.assert_allclose(dj.sample(denoise, rest, keys, (2,), path[4]), path[0], atol=1e-6)
     np.testing.assert_allclose(dj.sample_trajectory(denoise, rest, keys, (2,), path[4]), path[:5], atol=1e-6)
-    solver = dj.part_way(dj.dpm_solver_table(SCHEDULE, 0.0, 6), 40)
-    jax.tree.map(lambda column, same: np.testing.assert_allclose(column[0], same[0]), solver, rest)  # nothing before it to use
-    assert not solver.d[0].any()
-    assert solver.d[1].any()
+    for make in (partial(dj.dpm_solver_table, SCHEDULE, 0.0), partial(dj.deis_table, SCHEDULE)):
+        solver = dj.part_way(make(6), 40)
+        np.testing.assert_allclose([solver.a[0], solver.b[0]], [rest.a[0], rest.b[0]])  # nothing before it to use
+        assert not solver.d[0].any()
+        assert solver.d[1].any()
     assert list(dj.part_way(dj.ddim_table(SCHEDULE), 3).t) == [3, 2, 1]
 
 
@@ -177,6 +180,9 @@ def test_between_two_points_on_the_sphere():
     np.testing.assert_allclose(dj.spherical(x, y, 1 / 3), [3 * np.cos(np.pi / 6), 1.5], atol=1e-5)
     np.testing.assert_allclose(dj.spherical(x, x, 0.4), x, atol=1e-5)
     assert np.isnan(dj.spherical(x, -x, 0.4)).all()
+    x, y = jnp.array([1.0, 0, 0, 0]), jnp.array([-0.5, 0.5, 0.5, 0.5])  # 120 degrees apart
+    np.testing.assert_allclose(dj.spherical(x, y, 0.5), [0.5, 0.5, 0.5, 0.5], atol=1e-6)
+    x = jnp.array([3.0, 0.0])
     y = 2 * jnp.array([np.cos(1.2), np.sin(1.2)])  # 1.2 from x, and nearer to 0
     expected = (np.sin(0.9) * x + np.sin(0.3) * y) / np.sin(1.2)
     np.testing.assert_allclose(dj.spherical(x, y, 0.25), expected, atol=1e-5)
