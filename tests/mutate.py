@@ -54,6 +54,8 @@ EQUIVALENT = {
     "jnp.ones_like(": "all have one shape",
     "jnp.zeros_like(": "all have one shape",
     "x_0.dtype": "x_0 and x_t have one dtype",
+    "float_dtype(x_0)": "x_0 and x_t have one dtype",
+    "look_up(column, t - 1, x_0)": "x_0 and x_t have one dtype",
     "x_0.ndim": "x_0 and x_t have one rank",
     "x_t.ndim": "x_0 and x_t have one rank",
     "jnp.linalg.norm(matrix) + 1.01": "any number that is small",

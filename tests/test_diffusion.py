@@ -178,6 +178,8 @@ def test_rows_are_joined_by_lines_that_have_their_slope_at_the_last_row_too():
     values, slopes = jax.jvp(lambda t: look_up(np.array([0.0, 1, 3, 7]), t, t), (t,), (jnp.ones(3),))
     np.testing.assert_allclose(values, [0.5, 4, 7])
     np.testing.assert_allclose(slopes, [1, 4, 4])
+    pair = jax.jvp(lambda t: look_up(np.array([2.0, 7]), t, t), (jnp.ones(1),), (jnp.ones(1),))
+    np.testing.assert_allclose(pair, [[7], [5]])
 
 
 def test_a_network_may_be_told_the_log_snr_as_a_number_from_0_to_1000():
