@@ -64,6 +64,7 @@ EQUIVALENT = {
     "NO_SIGNAL =": "any number that is far",
     "np.polynomial.legendre.leggauss(": "any number of points that is large",
     "np.empty(": "not used",
+    "(1 - POINTS)": "the points are symmetric",
     "initial=": "any number",
     "np.where(np.isinf(sigma), 1, sigma)": "the result is not used there",
     "jnp.where(x >= mean": "at the mean both tails are alike",

@@ -180,6 +180,7 @@ def test_rows_are_joined_by_lines_that_have_their_slope_at_the_last_row_too():
     np.testing.assert_allclose(slopes, [1, 4, 4])
     pair = jax.jvp(lambda t: look_up(np.array([2.0, 7]), t, t), (jnp.ones(1),), (jnp.ones(1),))
     np.testing.assert_allclose(pair, [[7], [5]])
+    assert np.isnan(look_up(np.array([0.0, 1, 3, 7]), jnp.array([-0.5, 3.5, 4.5]), t)).all()
 
 
 def test_a_network_may_be_told_the_log_snr_as_a_number_from_0_to_1000():
