@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float16, Int, Key, PyTree
 from tqdm import tqdm
 
 import diffusion_jax as dj
-from diffusion_jax.flow_map import guided_velocity, jump_target, mean_flow_loss
+from diffusion_jax.flow_map import adaptively_weighted, guided_velocity, jump_target, mean_flow_loss
 from diffusion_jax.losses import draw_times, time_density
 from support import batches, model
 from support.config import Config
@@ -104,7 +104,8 @@ def make_distilled_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
         x_t, x_s = (paths[jnp.arange(len(paths)), row].astype(jnp.float32) for row in (start, stop))
         x_0 = jump_target(schedule, x_t, times[start], x_s, times[stop])
         target = dj.convert(schedule, x_0, x_t, times[start], "pred_x_0", config.target_type)
-        return (model.two_times(config, schedule, params, labels)(x_t, times[start], times[stop]) - target) ** 2
+        prediction = model.two_times(config, schedule, params, labels)(x_t, times[start], times[stop])
+        return adaptively_weighted((prediction - target) ** 2)
 
     return loss_fn
 
