@@ -38,8 +38,7 @@ def main() -> None:
         check_output(out, SUFFIX)
         run = open_run(config.workdir)
         state = run.restore(config.checkpoint)
-        options = dataclasses.replace(run.config, workdir="", data_dir=None)  # places on this machine
-        write_model(out, options, state.ema_params, int(state.step), DTYPES[config.dtype])
+        write_model(out, run.config, state.ema_params, int(state.step), DTYPES[config.dtype])
     print(f"wrote {out}: {out.stat().st_size / 1e6:.1f} MB, step {int(state.step)} of {run.config.iterations}", file=sys.stderr)
 
 

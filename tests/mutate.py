@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +48,8 @@ OPERATORS = {
 PAIRS = [("t", "s"), ("signal", "noise"), ("x_t", "x_0"), ("k", "m"), ("signal_t", "signal_s"), ("noise_t", "noise_s")]
 PAIRS += [("p", "q"), ("to_p", "to_q"), ("a", "b"), ("e", "f"), ("nodes", "lambdas"), ("rise", "fall"), ("w", "unknown")]
 SWAPS = {one: other for pair in PAIRS for one, other in (pair, pair[::-1])}
-EQUIVALENT = {
-    "jnp.append(times[1:]": "the last step is known by its a",
-    "check_shape(": "all have one shape",
+SAME_OF_BOTH = {  # so that one of a pair of names may stand for the other
+    "check_shape('prediction', u, x_t)": "x_0 and x_t have one shape",
     "len(": "all have one length",
     "jnp.ones_like(": "all have one shape",
     "jnp.zeros_like(": "all have one shape",
@@ -58,6 +58,9 @@ EQUIVALENT = {
     "look_up(column, t - 1, x_0)": "x_0 and x_t have one dtype",
     "x_0.ndim": "x_0 and x_t have one rank",
     "x_t.ndim": "x_0 and x_t have one rank",
+}
+EQUIVALENT = {
+    "jnp.append(times[1:]": "the last step is known by its a",
     "jnp.linalg.norm(matrix) + 1.01": "any number that is small",
     "matrix / (jnp.linalg.norm(matrix) - 1e-08": "any number that is small",
     "FAR =": "any number that is far",
@@ -74,6 +77,7 @@ EQUIVALENT = {
 # No type checks: jaxtyping's hook must come before the first import of diffusion_jax, so a second pytest.main would fail.
 ARGUMENTS = ["-xqq", "-o", "addopts=", "-m", "not slow", "-p", "no:cacheprovider"]
 NOTICES = (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)  # the latter: a file cannot be imported
+TIMEOUT = 400  # seconds; a module's tests take up to 100
 NOTICED = defaultdict(list)  # for each module the tests that noticed a mutant, the last one first
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "chex", "optax", "flax.linen", "scipy.stats", "beartype"])
@@ -151,31 +155,35 @@ def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
         getattr(parent, field)[index] = node
 
 
-def survives(mutant: Mutant) -> bool:
-    """Run the tests of a mutant's module in a process of their own; whether all of them pass.
+def is_equivalent(mutant: Mutant) -> bool:
+    place = mutant.change.split("  in  ")[1]
+    return place.startswith(tuple(EQUIVALENT)) or (mutant.kind == "swap" and place.startswith(tuple(SAME_OF_BOTH)))
+
+
+def fate(mutant: Mutant, tree: Path) -> str:
+    """Run the tests of a mutant's module in a process of their own: "killed", "SURVIVED" or "TIMED OUT", as a loop may.
 
     The tests that noticed the mutants before it come first.
     """
     noticed = NOTICED[mutant.module]
     with tempfile.TemporaryDirectory() as folder:
         for part in ("diffusion_jax", "tests", "experiments"):
-            shutil.copytree(ROOT / part, Path(folder) / part)
-        shutil.copy(ROOT / "pyproject.toml", folder)
+            shutil.copytree(tree / part, Path(folder) / part)
+        shutil.copy(tree / "pyproject.toml", folder)
         (Path(folder) / "diffusion_jax" / f"{mutant.module}.py").write_text(mutant.source)
         process = PROCESSES.Process(target=run_tests, args=(folder, noticed[:8], SUITES[mutant.module].split()))
         process.start()
-        process.join(timeout=400)
-        if process.is_alive():  # a loop that never ends
-            print("timed out", mutant.module, mutant.line, mutant.change, flush=True)
+        process.join(TIMEOUT)
+        if process.is_alive():
             process.kill()
             process.join()
-            return False
+            return "TIMED OUT"
         result = Path(folder) / "result"
         if not result.exists():
             raise RuntimeError(f"pytest could not run on {mutant.change}")
         failed = result.read_text().splitlines()
         noticed[:] = dict.fromkeys([*(test for test in failed if "::" in test), *noticed])
-        return not failed
+        return "killed" if failed else "SURVIVED"
 
 
 class Failures:
@@ -194,9 +202,11 @@ def run_tests(folder: str, tests: list[str], suites: list[str]) -> None:
     os.environ["PYTHONPATH"] = folder
     failures, code = Failures(), pytest.ExitCode.OK
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        for files in filter(None, [tests, *([f"tests/test_{suite}.py"] for suite in suites)]):
-            code = pytest.main([*ARGUMENTS, *files], [failures])
-            if code in NOTICES:
+        if tests:  # a mutant may change their names, which is an error here and no failure
+            code = pytest.main([*ARGUMENTS, *tests], [failures])
+        for suite in suites if code not in NOTICES else ():
+            code = pytest.main([*ARGUMENTS, f"tests/test_{suite}.py"], [failures])
+            if code != pytest.ExitCode.OK:
                 break
     if code == pytest.ExitCode.OK or code in NOTICES:
         Path("result").write_text("" if code == pytest.ExitCode.OK else "\n".join(failures.tests) or "at import")
@@ -205,22 +215,28 @@ def run_tests(folder: str, tests: list[str], suites: list[str]) -> None:
 def main() -> None:
     modules = sys.argv[1:] or list(SUITES)
     found = [mutant for module in modules for mutant in mutants(module)]
-    changed = [mutant for mutant in found if not mutant.change.split("  in  ")[1].startswith(tuple(EQUIVALENT))]
+    changed = [mutant for mutant in found if not is_equivalent(mutant)]
     sources = [ast.unparse(ast.parse((ROOT / "diffusion_jax" / f"{module}.py").read_text())) for module in modules]
     unchanged = [Mutant(module, "none", 0, "nothing", source) for module, source in zip(modules, sources, strict=True)]
-    killed, survivors = Counter(), []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for module, passed in zip(modules, pool.map(survives, unchanged), strict=True):
-            if not passed:
-                sys.exit(f"the tests of {module} fail without any change")
+    counts, alive = Counter(), 0
+    with tempfile.TemporaryDirectory() as tree, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs"), dirs_exist_ok=True)
+
+        def check_unchanged() -> None:
+            for module, result in zip(modules, pool.map(fate, unchanged, repeat(Path(tree))), strict=True):
+                if result != "SURVIVED":
+                    sys.exit(f"the tests of {module} fail without any change")
+
+        check_unchanged()
         print(f"{len(changed)} mutants, and {len(found) - len(changed)} that no test could tell from the original", flush=True)
-        for mutant, alive in zip(changed, pool.map(survives, changed), strict=True):
-            print("SURVIVED" if alive else "killed  ", f"{mutant.module}:{mutant.line}", mutant.kind, mutant.change, flush=True)
-            survivors += [mutant] if alive else []
-            killed[mutant.module, mutant.kind] += not alive
-    for (module, kind), count in sorted(killed.items()):
-        print(f"| {module} | {kind} | {count} killed |")
-    sys.exit(f"{len(survivors)} of {len(changed)} survived" if survivors else 0)
+        for mutant, result in zip(changed, pool.map(fate, changed, repeat(Path(tree))), strict=True):
+            print(f"{result:9}", f"{mutant.module}:{mutant.line}", mutant.kind, mutant.change, flush=True)
+            counts[mutant.module, mutant.kind, result] += 1
+            alive += result == "SURVIVED"
+        check_unchanged()  # with the tests in the order in which the mutants had them
+    for (module, kind, result), count in sorted(counts.items()):
+        print(f"| {module} | {kind} | {count} {result} |")
+    sys.exit(f"{alive} of {len(changed)} survived" if alive else 0)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,6 @@ def test_sample_writes_a_grid(trained, tmp_path):
 def test_a_network_goes_to_a_file_and_into_another_run(trained, tmp_path):
     file, tuned = tmp_path / "net.safetensors", tmp_path / "tuned"
     assert "step 8 of 8" in run("export.py", "--workdir", trained, "--out", file)
-    assert str(trained).encode() not in file.read_bytes()
     for number, place in enumerate((trained, file)):
         run("sample.py", "--workdir", place, "--num-samples", "3", "--out", tmp_path / f"{number}.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy"))

@@ -20,7 +20,7 @@ from support.exported import read_params, write_model
 from support.image_run import started_from
 from support.saved_run import TRAINED, open_run, solver_table
 
-CONFIG = Config(network="dit", embed_dim=4, depth=1, patch_size=8, num_timesteps=12)
+CONFIG = Config(workdir="", network="dit", embed_dim=4, depth=1, patch_size=8, num_timesteps=12)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,16 @@ def test_every_bit_of_float32_comes_back_with_the_options(tmp_path, params):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_the_file_does_not_say_where_the_run_was(tmp_path, params):
+    file, home = tmp_path / "net.safetensors", "/home/me"
+    places = {"workdir": f"{home}/runs/a", "data_dir": f"{home}/data", "init": f"{home}/runs/teacher"}
+    write_model(file, dataclasses.replace(CONFIG, **places), params, 7, np.float32)
+    assert home.encode() not in file.read_bytes()
+    assert open_run(str(file)).config == dataclasses.replace(CONFIG, init="teacher")
+
+
 def test_the_ways_to_read_it_that_the_docs_show(tmp_path, monkeypatch):
-    config = Config(embed_dim=4, dim_scales=(1,))
+    config = Config(workdir="", embed_dim=4, dim_scales=(1,))
     params = jax.device_get(model.initial_state(config, jax.random.key(3)).params)
     write_model(tmp_path / "mnist.safetensors", config, params, 7, np.float32)
     monkeypatch.chdir(tmp_path)

@@ -112,7 +112,7 @@ def test_one_call_of_the_exact_average_velocity_gives_the_data(scale, is_right):
 
     def network(x_t, t, s):
         x_0 = jnp.interp(jax.scipy.stats.norm.cdf(x_t), distribution(grid), grid)
-        return scale * (x_t - x_0)
+        return jnp.where(((t == 8) & (s == 0))[:, None], scale * (x_t - x_0), jnp.nan)
 
     table, keys = dj.ddim_table(flow, 0.0, 1), jax.random.split(jax.random.key(3), 8)
     denoise = dj.make_denoiser(flow, dj.jumping(network, table), "pred_u")

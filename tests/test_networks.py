@@ -30,7 +30,10 @@ NETWORKS = {
 EACH = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("unet1", "unet2") else []) for name in NETWORKS]
 )
-OF_IMAGES = pytest.mark.parametrize("network", [UNet(3, 4, (1,)), DiT(3, 4, 1, 2)], ids=["unet", "dit"])
+DEEPER = pytest.param(UNet(3, 4, (1, 2)), id="deeper unet", marks=pytest.mark.slow)
+OF_IMAGES = pytest.mark.parametrize(
+    "network", [pytest.param(UNet(3, 4, (1,)), id="unet"), DEEPER, pytest.param(DiT(3, 4, 1, 2), id="dit")]
+)
 
 
 @EACH

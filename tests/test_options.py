@@ -116,6 +116,16 @@ def test_a_distilled_run_learns_jumps_between_the_points_of_a_trajectory(monkeyp
     assert 0.4 < (s == 0).mean() < 0.65
 
 
+def test_the_gradient_of_a_distilled_run_is_weighted_by_each_examples_error(monkeypatch):
+    """All points are 0, and so are the targets: a prediction w has the error w^2."""
+    config = dataclasses.replace(CONFIG, loss_type="distilled", init="a run", num_timesteps=500)
+    monkeypatch.setattr(model, "two_times", lambda config, schedule, params, labels: lambda x_t, t, s: params + x_t)
+    loss = objective.make_distilled_loss(config, model.make_schedule(config))
+    batch = (jnp.zeros((1, 13, 8, 8, 1), jnp.float16), jnp.zeros(1, int)), jnp.array([0.5])
+    value, gradient = jax.value_and_grad(lambda w: loss(w, batch, jax.random.split(jax.random.key(0), 1)).mean())(0.1)
+    np.testing.assert_allclose([value, gradient], [0.01, 0.2 / (0.01 + 1e-3)], rtol=1e-5)
+
+
 def test_trajectories_are_the_samples_of_the_teacher_and_the_way_to_them():
     config = dataclasses.replace(CONFIG, loss_type="distilled", init="a run", conditional=True)
     teacher = dataclasses.replace(config, loss_type="l2")

@@ -370,13 +370,22 @@ def test_times_are_drawn_with_their_density(path, density):
     assert t.max() <= T
     np.testing.assert_allclose(np.bincount(t, minlength=T + 1)[1:], n * probabilities, atol=3)
     if density == "log_normal":
+        log_sigma_t = np.log(PATHS[path].sigma[t])
+        assert np.median(log_sigma_t[np.isfinite(log_sigma_t)]) == pytest.approx(-1.2, abs=0.05)
         log_sigma = np.log(PATHS[path].sigma[1:])
         below = scipy.stats.norm.cdf((log_sigma[1:] + log_sigma[:-1]) / 2, -1.2, 1.2)  # Karras et al. 2022, table 1
         np.testing.assert_allclose(np.cumsum(probabilities)[:-1], below, atol=1e-12)
     if density == "logit_normal":
+        # P(|N(0, 1)| < log 3) = 0.728, and half of the quarter that is uniform
+        assert np.mean((t > 250) & (t <= 750)) == pytest.approx(0.75 * 0.728 + 0.125, abs=0.003)
         rows = np.arange(1, T)  # three quarters are logit-normal, one is uniform
         below = 0.75 * scipy.stats.norm.cdf(scipy.special.logit((rows + 0.5) / T)) + 0.25 * rows / T
         np.testing.assert_allclose(np.cumsum(probabilities)[:-1], below, atol=1e-12)
+
+
+def test_weights_that_do_not_sum_to_one_are_proportions():
+    t = draw_times(np.array([3.0, 1.0]), (jnp.arange(100) + 0.5) / 100)
+    np.testing.assert_array_equal(np.bincount(t), [0, 75, 25])
 
 
 def test_an_unknown_choice_is_named():

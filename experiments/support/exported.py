@@ -17,10 +17,14 @@ NEEDED = "a trained network must be in a file of experiments/export.py"
 
 
 def write_model(file: Path, config: Any, params: PyTree, step: int, dtype: DTypeLike) -> None:
-    """Write the parameters in `dtype`; what the file held before stays until the new one is whole."""
+    """Write the parameters in `dtype`; what the file held before stays until the new one is whole.
+
+    Of the run's folder, its data directory and its `init`, the file has only the last name of `init`.
+    """
+    options = dataclasses.asdict(config) | {"workdir": "", "data_dir": None, "init": config.init and Path(config.init).name}
     tensors = {name: jnp.asarray(x, dtype) for name, x in flatten_dict(params, sep="/").items()}
     new = file.with_name(f"{file.name}.new")
-    new.write_bytes(save(tensors, {"config": json.dumps(dataclasses.asdict(config)), "step": str(step)}))
+    new.write_bytes(save(tensors, {"config": json.dumps(options), "step": str(step)}))
     new.replace(file)
 
 
