@@ -21,7 +21,8 @@ from support.workdir import ADDED
 CONFIG = Config(network="dit", embed_dim=4, depth=1, patch_size=8, batch_size=8, num_timesteps=12, iterations=8)
 COMBINATIONS = [
     ("flow", "pred_u", "t", "logit_normal", True, "dit"),
-    ("ve", "edm", "log_snr", "log_normal", False, "unet"),
+    ("ve", "edm", "log_snr", "log_normal", False, "dit"),
+    pytest.param("linear", "pred_eps", "t", "uniform", False, "unet", marks=pytest.mark.slow),
 ]
 
 
