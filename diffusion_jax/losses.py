@@ -145,7 +145,8 @@ def time_density(schedule: NoiseSchedule, density: str) -> Float[np.ndarray, " T
 def draw_times(probabilities: Float[np.ndarray, " T"], u: Float[Array, " B"]) -> Int[Array, " B"]:
     """Draw t in 1..T with these probabilities, by inverting the cumulative distribution at u, uniform on [0, 1).
 
-    Weights that do not sum to 1 count as proportions. For a low-discrepancy batch of size B, use u_i = (u_0 + i / B) modulo 1 [Kingma et al. 2021, app. I.1].
+    Weights that do not sum to 1 count as proportions. For a low-discrepancy batch of size B, use
+    u_i = (u_0 + i / B) modulo 1 [Kingma et al. 2021, app. I.1].
     """
     above = jnp.asarray(np.cumsum(probabilities)[:-1] / np.sum(probabilities), jnp.promote_types(u.dtype, jnp.float32))
     return 1 + jnp.searchsorted(above, u, side="right").astype(jnp.int32)
