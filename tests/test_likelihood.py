@@ -26,7 +26,7 @@ def test_the_mass_of_a_level_is_that_of_scipy(sigma):
     np.testing.assert_allclose(total, 1, atol=1e-3)
 
 
-@pytest.mark.parametrize("sigma_type", ["upper_bound", "lower_bound"])
+@pytest.mark.parametrize("sigma_type", ["upper_bound", "lower_bound", "fixed_large"])
 def test_each_term_is_the_divergence_by_quadrature(sigma_type):
     """Of two normal densities on a line, that a posterior of eq. 7 and the same with x_0_hat for x_0 have."""
     schedule = dj.cosine_schedule(8)
@@ -36,7 +36,7 @@ def test_each_term_is_the_divergence_by_quadrature(sigma_type):
         bits = dj.bound_bits(schedule, lambda x, _: x_0_hat, x_0, times, jnp.array([[0.3], [1.0]]), sigma_type)
         x_t = dj.q_sample(schedule, x_0, times, jnp.array([[0.3], [1.0]]))
         (mean_q, w), (mean_p, _) = dj.posterior(schedule, x_0, x_t, times), dj.posterior(schedule, x_0_hat, x_t, times)
-        variance = beta_of(schedule)[t] if sigma_type == "upper_bound" else float(w[0])
+        variance = float(w[0]) if sigma_type == "lower_bound" else beta_of(schedule)[t]
         for i in range(2):
             q = scipy.stats.norm(float(mean_q[i, 0]), float(w[0]) ** 0.5)
             p = scipy.stats.norm(float(mean_p[i, 0]), variance**0.5)
@@ -44,12 +44,13 @@ def test_each_term_is_the_divergence_by_quadrature(sigma_type):
             np.testing.assert_allclose(bits[i], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_the_prior_term_is_the_divergence_of_what_is_left():
-    schedule = dj.schedule_from_beta(np.array([0.5, 0.5]))
+@pytest.mark.parametrize(("signal", "noise"), [(0.5, 0.75**0.5), (0.5, 2.0)])
+def test_the_prior_term_is_the_divergence_of_what_is_left(signal, noise):
+    schedule = dj.schedule_from_columns(np.array([1.0, signal]), np.array([0.0, noise]))
     x_0 = jnp.array([[0.5, -1.0]])
     expected = 0
     for value in (0.5, -1.0):
-        q, p = scipy.stats.norm(value * 0.25**0.5, 0.75**0.5), scipy.stats.norm()
+        q, p = scipy.stats.norm(value * signal, noise), scipy.stats.norm(0, (signal**2 + noise**2) ** 0.5)
         expected += q.expect(lambda x, p=p, q=q: (q.logpdf(x) - p.logpdf(x)) / np.log(2))
     np.testing.assert_allclose(dj.prior_bits(schedule, x_0), [expected], rtol=1e-5)
 
