@@ -56,6 +56,7 @@ SAME_OF_BOTH = {  # so that one of a pair of names may stand for the other
     "x_0.dtype": "x_0 and x_t have one dtype",
     "float_dtype(x_0)": "x_0 and x_t have one dtype",
     "look_up(column, t - 1, x_0)": "x_0 and x_t have one dtype",
+    "look_up(probabilities, t - 1, x_t)": "x_0 and x_t have one dtype",
     "x_0.ndim": "x_0 and x_t have one rank",
     "x_t.ndim": "x_0 and x_t have one rank",
 }

@@ -121,3 +121,11 @@ def test_a_flow_that_has_no_length_is_refused():
     for schedule, steps in ((dj.flow_schedule(2), 8), (dj.cosine_schedule(1), 8), (PATHS["cosine"], 0)):
         with pytest.raises(ValueError, match="two rows with signal and noise and at least one step"):
             dj.flow_log_density(schedule, lambda x_t, t: x_t, x_0, KEYS, steps)
+
+
+def test_two_rows_with_signal_and_noise_are_enough():
+    schedule = dj.schedule_from_columns(np.array([1.0, 1, 1]), np.array([0.0, 0.5, 20]))
+    x_0 = jnp.array([[0.3]])
+    denoise = lambda x_t, t: x_t / (1 + look_up(schedule.noise, t, x_t)[:, None] ** 2)  # noqa: E731  of data N(0, 1)
+    density = dj.flow_log_density(schedule, denoise, x_0, KEYS[:1], 64)
+    np.testing.assert_allclose(density, scipy.stats.norm.logpdf(0.3, scale=1.25**0.5), atol=2e-3)
