@@ -124,8 +124,13 @@ def test_a_flow_that_has_no_length_is_refused():
 
 
 def test_two_rows_with_signal_and_noise_are_enough():
-    schedule = dj.schedule_from_columns(np.array([1.0, 1, 1]), np.array([0.0, 0.5, 20]))
-    x_0 = jnp.array([[0.3]])
-    denoise = lambda x_t, t: x_t / (1 + look_up(schedule.noise, t, x_t)[:, None] ** 2)  # noqa: E731  of data N(0, 1)
+    schedule, x_0 = dj.schedule_from_columns(np.array([1.0, 0.5, 0.25]), np.array([0.0, 0.25, 2])), jnp.array([[0.7]])
+
+    def denoise(x_t, t):
+        """Of data N(0, 1)."""
+        signal, noise = (look_up(column, t, x_t)[:, None] for column in schedule)
+        return x_t * signal / (signal**2 + noise**2)
+
     density = dj.flow_log_density(schedule, denoise, x_0, KEYS[:1], 64)
-    np.testing.assert_allclose(density, scipy.stats.norm.logpdf(0.3, scale=1.25**0.5), atol=2e-3)
+    np.testing.assert_allclose(density, scipy.stats.norm.logpdf(0.7, scale=1.25**0.5), atol=1e-3)
+    assert np.isfinite(dj.flow_log_density(schedule, denoise, x_0, KEYS[:1], 1)).all()
