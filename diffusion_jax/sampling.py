@@ -75,13 +75,13 @@ def sampling_times(
     if spacing == "flow":
         first, last = 1 / (1 + schedule.sigma[[1, -1]] ** (-1 / FLOW_POWER))
         u = np.linspace(max(first, last / steps), last, steps)[:-1]
-        sigmas = np.append((u / (1 - u)) ** FLOW_POWER, sigma[-1])
+        sigmas = (u / (1 - u)) ** FLOW_POWER
     elif spacing == "karras":
-        sigmas = karras_sigmas(steps, sigma[1], sigma[-1], rho)
+        sigmas = karras_sigmas(steps, sigma[1], sigma[-1], rho)[:-1]
     else:
-        sigmas = np.geomspace(sigma[1], sigma[-1], steps)
-    times = schedule.time_of(sigmas[::-1]).astype(np.float32).astype(np.float64)
-    times = np.concatenate([[schedule.num_timesteps], times[1:], [0.0]])
+        sigmas = np.geomspace(sigma[1], sigma[-1], steps)[:-1]
+    between = schedule.time_of(sigmas[::-1]).astype(np.float32).astype(np.float64)
+    times = np.concatenate([[schedule.num_timesteps], between, [0.0]])
     if not np.all(np.diff(times) < 0):
         raise ValueError(f"{steps} times spaced in {spacing} are too close for float32: take fewer, or another spacing")
     return times

@@ -11,7 +11,7 @@ from runs import ENVIRONMENT
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALLEST = {
-    "embed-dim": 8, "dim-scales": (1, 1, 1), "batch-size": 8, "iterations": 4, "num-samples": 6, "drawn": (2, 3), "steps": 1,
+    "embed-dim": 8, "dim-scales": (1, 1), "batch-size": 8, "iterations": 4, "num-samples": 6, "drawn": (2, 3), "steps": 1,
     "matmul-sizes": 64, "bandwidth-bytes": 4096, "dataset": "digits",
 }  # fmt: skip
 PARTS = {

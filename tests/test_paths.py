@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,6 +269,8 @@ def test_ten_karras_steps_are_ten_distinct_times():
     schedule = dj.cosine_schedule(500)
     times = dj.sampling_times(schedule, 10, "karras")
     assert len(np.unique(times)) == 11
+    for spacing in ("karras", "log_snr"):
+        assert dj.sampling_times(schedule, 10, spacing)[-2:] == pytest.approx([1, 0])
     signal, noise = schedule.at(times[:-1])
     steps = np.diff((noise / signal) ** (1 / 7))
     np.testing.assert_allclose(steps, steps[0], rtol=2e-3)  # times are float32
@@ -351,10 +354,15 @@ def test_sigmas_that_are_no_range_are_named(low, high):
         dj.variance_exploding_schedule(10, low, high)
 
 
-@pytest.mark.parametrize("times", [[10.0, 5.0], [5.0, 6.0, 0.0], [11.0, 0.0], [0.0]])
+@pytest.mark.parametrize("times", [[10.0, 5.0], [5.0, 5.5, 0.0], [5.0, 5.0, 0.0], [11.0, 0.0], [0.0]])
 def test_times_that_do_not_go_down_to_0_are_named(times):
     with pytest.raises(ValueError, match="times must go strictly down to 0, from at most T = 10"):
         dj.ddim_table(dj.cosine_schedule(10), sampling_timesteps=np.array(times))
+
+
+def test_one_step_may_be_given_by_its_times():
+    one, other = (dj.ddim_table(dj.cosine_schedule(10), sampling_timesteps=steps) for steps in (np.array([10.0, 0.0]), 1))
+    chex.assert_trees_all_equal(one, other)
 
 
 @pytest.mark.parametrize("density", ["uniform", "log_normal", "logit_normal", "importance"])

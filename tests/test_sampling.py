@@ -203,7 +203,7 @@ def test_another_sampler_and_number_of_steps_do_not_recompile_and_change_nothing
         for S in (1, 4, T):
             table = make_table(SCHEDULES[0], S)
             padded = dj.padded(table, T)
-            assert all(len(column) == T for column in padded)
+            assert all(column.shape == (T, *old.shape[1:]) for column, old in zip(padded, table, strict=True))
             alone = dj.sample_trajectory(lambda x_t, t: jnp.tanh(x_t), table, keys, (3,))[0]
             np.testing.assert_allclose(draw(padded, keys), alone, rtol=1e-5, atol=1e-6)
     assert len(traces) == 1
