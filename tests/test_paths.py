@@ -360,6 +360,24 @@ def test_times_that_do_not_go_down_to_0_are_named(times):
         dj.ddim_table(dj.cosine_schedule(10), sampling_timesteps=np.array(times))
 
 
+def test_deis_is_exact_for_eps_hat_linear_in_log_snr_but_in_its_first_and_last_step():
+    schedule = PATHS["cosine"]
+    times = dj.sampling_times(schedule, 6, "log_snr")
+    signal, noise = schedule.at(times)
+
+    def eps_hat(sigma):
+        return 0.3 - 0.2 * np.log(sigma)
+
+    def denoise(x_t, t):
+        signal, noise = schedule.at(t)
+        return (x_t - noise * eps_hat(noise / signal)) / signal
+
+    path = walk(dj.deis_table(schedule, times, order=2), denoise, np.ones((1, 1)))
+    for i in range(1, 5):
+        integral, _ = scipy.integrate.quad(eps_hat, noise[i] / signal[i], noise[i + 1] / signal[i + 1])
+        np.testing.assert_allclose(path[i + 1] / signal[i + 1] - path[i] / signal[i], integral, rtol=1e-9)
+
+
 def test_one_step_may_be_given_by_its_times():
     one, other = (dj.ddim_table(dj.cosine_schedule(10), sampling_timesteps=steps) for steps in (np.array([10.0, 0.0]), 1))
     chex.assert_trees_all_equal(one, other)
