@@ -34,9 +34,10 @@ ROWS = {
     "with times uniform": {"time_density": "uniform", "stratified": False},
     "with min-SNR weights": {"loss_weighting": "min_snr"},
     "predicting v": {"target_type": "pred_v"},
+    "without classes": {"conditional": False},
     "without patches, width 16": {"patch_size": 1, "embed_dim": 16, "dim_scales": (1, 2, 4, 8)},
     "published, width 16": {"patch_size": 1, "embed_dim": 16, "dim_scales": (1, 2, 4, 8), "optimizer": "adam"}
-    | {"learning_rate": 1e-3, "warmup": 0, "time_density": "uniform", "stratified": False},
+    | {"learning_rate": 1e-3, "warmup": 0, "time_density": "uniform", "stratified": False, "conditional": False},
 }
 
 

@@ -1,6 +1,6 @@
 """Does the suite notice a wrong formula? Change one thing at a time in the mathematics, and run the tests on each change.
 
-    python tests/mutate.py                # all of the modules below; takes hours on two cores
+    python tests/mutate.py                # all of the modules below; one to two hours on two cores
     python tests/mutate.py likelihood     # those that are named
 
 Each mutant flips a sign or an operator, drops a square root, changes a number (an index by one), or swaps two quantities, in a

@@ -23,7 +23,7 @@ COMPILED_ONCE = {
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 ENVIRONMENT = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"} | COMPILED_ONCE
 TINY = ["--dataset", "digits", "--network", "dit", "--embed-dim", "4", "--depth", "1", "--patch-size", "8"]  # compiles fast
-TINY += ["--batch-size", "8", "--num-timesteps", "12"]
+TINY += ["--no-conditional", "--batch-size", "8", "--num-timesteps", "12"]
 TINY += ["--iterations", "8", "--checkpoint-every", "2", "--sample-every", "4", "--num-samples", "5", "--ema-decay", "0.9"]
 
 

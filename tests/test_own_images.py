@@ -99,7 +99,7 @@ def test_a_run_goes_on_where_its_images_are_moved_and_not_with_others(coloured, 
 def test_classes_are_asked_for_only_where_there_are_some(coloured, photos, tmp_path):
     args = ["--workdir", coloured, "--out", tmp_path / "x.png", "--labels", "2"]
     assert "--labels must be between 0 and 1, got 2" in run("sample.py", *args, status=2)
-    args = [*SMALL, "--dataset", photos / "a red", "--conditional", "--workdir", tmp_path / "run"]
+    args = [*SMALL, "--dataset", photos / "a red", "--preset", "paper", "--conditional", "--workdir", tmp_path / "run"]
     assert "--conditional must be left out for images without classes" in run("mnist.py", *args, status=2)
 
 

@@ -43,7 +43,7 @@ class Data:
     channels: Literal[0, 1, 3] = 1
     """1: grey, 3: colour. 0: as the data are, or colour for a folder."""
     conditional: bool = False
-    """Train a class-conditional network."""
+    """Train a class-conditional network; with the presets small and improved by default, if the images have classes."""
     label_dropout: float = 0.1
     """Fraction of images without a label in conditional training, for guidance."""
     num_classes: Found[int] = 10
@@ -136,6 +136,7 @@ class Config(Output, Training, Diffusion, Network, Data, Run):
 
 MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples", "distributed"}
 IMPROVED = {
+    "conditional": True,
     "optimizer": "muon",
     "learning_rate": 4e-3,
     "warmup": 100,
@@ -170,17 +171,24 @@ def parse_run(description: str | None) -> Config:
 
 
 def described_by(config: Config, data: ImageData) -> Config:
-    """The config with what the data say about the run. Raises ValueError if it needs classes, and they have none."""
+    """The config with what the data say about the run. Without classes a preset's `conditional` becomes False.
+
+    Raises ValueError if classes were asked for and there are none.
+    """
     wanted = "left out for images without classes, which a folder has if its images are in two or more subfolders"
-    require(data.num_classes > 0 or not config.conditional, "conditional", config.conditional, wanted)
-    return dataclasses.replace(
+    from_preset = PRESETS[config.preset].conditional
+    require(data.num_classes > 0 or from_preset or not config.conditional, "conditional", config.conditional, wanted)
+    described = dataclasses.replace(
         config,
+        conditional=config.conditional and data.num_classes > 0,
         dataset=data.name,
         image_size=data.image_size,
         channels=data.images.shape[3],
         num_classes=data.num_classes,
         images=data.checksum,
     )
+    check(described)
+    return described
 
 
 def choose_preset(args: list[str]) -> str:

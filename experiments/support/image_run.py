@@ -72,7 +72,8 @@ def set_up(description: str | None) -> ImageRun:
             workdir = open_workdir(config, MAY_DIFFER | moved, **more) if is_first_process() else Path(config.workdir)
     if is_first_process():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        print(f"{config.preset} preset on {devices}, {len(data.images):,} images of {data.name}, in {workdir}", file=sys.stderr)
+        images = f"{len(data.images):,} images of {data.name}{f' in {data.num_classes} classes' if config.conditional else ''}"
+        print(f"{config.preset} preset on {devices}, {images}, in {workdir}", file=sys.stderr)
     return ImageRun(config, data, schedule, state, workdir, train_key, sample_key)
 
 
