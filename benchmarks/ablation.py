@@ -58,7 +58,8 @@ def main() -> None:
     out = Path(args.out)
     budget = {"num_samples": args.num_samples, "iterations": args.iterations}
     runs = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    done = [run for run in runs if budget.items() <= run.items()]
+    recipes = {name: json.loads(json.dumps(options)) for name, options in ROWS.items()}
+    done = [run for run in runs if (budget | {"options": recipes.get(run["name"])}).items() <= run.items()]
     for seed in range(args.seeds):
         for name in args.recipes:
             options = ROWS[name] | {"precision": "bfloat16", "iterations": args.iterations, "seed": seed}
@@ -69,7 +70,14 @@ def main() -> None:
             samples, seconds = trained_samples(config, train, args.num_samples)
             features, _ = describe(to_bytes(samples, test))
             distances = {space: frechet_distance(real[space], features[space]) for space in features}
-            run = {"name": name, **budget, "config": saved, "seconds": seconds, "distances": distances}
+            run = {
+                "name": name,
+                "options": recipes[name],
+                **budget,
+                "config": saved,
+                "seconds": seconds,
+                "distances": distances,
+            }
             done.append(run)
             with out.open("a") as file:
                 print(json.dumps(run), file=file)
@@ -89,8 +97,10 @@ def trained_samples(config, train: ImageData, count: int) -> tuple[np.ndarray, f
     jax.block_until_ready(metrics)
     seconds = time.perf_counter() - start
     sampler, table = model.make_sampler(config, schedule), solver_table("dpm_solver", schedule, CALLS, eta=1.0)
-    labels = model.labels_in_turn(config, BATCH)
-    samples = [sampler(state.ema_params, table, sample_key, labels, first) for first in range(0, count, BATCH)]
+    labels = np.resize(model.random_labels(config, train, count, config.seed), -(-count // BATCH) * BATCH)
+    samples = [
+        sampler(state.ema_params, table, sample_key, labels[first : first + BATCH], first) for first in range(0, count, BATCH)
+    ]
     return np.concatenate(samples)[:count], seconds
 
 

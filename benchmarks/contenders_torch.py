@@ -21,8 +21,7 @@ def original(options: dict, tuned: bool = True, mode: str | None = None, autocas
 
     network = UNet(1, options["embed_dim"], options.get("dim_scales", CHANNELS))
     config = DiffusionModelConfig(num_timesteps=T, target_type="pred_x_0", gamma_type="ddpm")
-    make = partial(DiffusionModel, input_shape=(1, SIDE, SIDE), config=config)
-    return in_torch(options, network, make, tuned, mode, autocast)
+    return in_torch(options, network, partial(DiffusionModel, (1, SIDE, SIDE), config=config), tuned, mode, autocast)
 
 
 def diffusers(options: dict) -> Contender:

@@ -121,7 +121,7 @@ def ancestral_table(schedule: NoiseSchedule, sigma_type: str = "upper_bound", sa
     times = as_times(schedule, sampling_timesteps)
     t, s = times[:-1], times[1:]
     k, m, w, unknown = posterior_coefficients(schedule, t, s)
-    variance = {"upper_bound": unknown, "zero": 0 * w}.get(sigma_type, w)
+    variance = {"upper_bound": unknown, "zero": np.zeros_like(w)}.get(sigma_type, w)
     log_range = np.log(unknown / np.where(s == 0, unknown, w)) / 2 if sigma_type == "learned" else 0.0
     return make_table(schedule, t, k, m, np.where(s == 0, 0.0, np.sqrt(variance)), r=log_range)
 

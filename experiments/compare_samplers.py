@@ -86,7 +86,7 @@ def main() -> None:
 
     count = min(config.num_samples, len(train.images), len(judged.images))
     chosen = np.random.default_rng(config.seed).permutation(len(train.images))[:count]
-    (real, _), labels = describe(train.images[chosen]), model.labels_in_turn(run.config, count)
+    (real, _), labels = describe(train.images[chosen]), model.random_labels(run.config, train, count, config.seed)
 
     def compared(images: np.ndarray) -> dict[str, float]:
         return {space: frechet_distance(real[space], features) for space, features in describe(images)[0].items()}

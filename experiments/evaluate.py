@@ -1,6 +1,8 @@
 """Judge the samples of a run of experiments/mnist.py, beside real images that it has not seen.
 
 python experiments/evaluate.py --workdir runs/mnist
+
+A conditional run draws the classes of random training images.
 """
 
 import support.terminal  # isort: skip  # noqa: F401
@@ -51,7 +53,7 @@ class Config:
     eta: float = 0.0
     """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance scale, for conditional runs; their samples cycle through the classes."""
+    """Classifier-free guidance scale, for conditional runs."""
     bound_images: int = 20
     """Test images for each t of the variational bound (ten times as many at t <= 10); 0 skips it, as does a distilled run."""
     likelihood_images: int = 0
@@ -76,7 +78,7 @@ def main() -> None:
         count = min(config.num_samples, len(judged.images), len(train.images))
         describe, accuracy = feature_spaces(train, judged)
 
-    labels = model.labels_in_turn(run.config, count)
+    labels = model.random_labels(run.config, train, count, config.seed)
     samples = run.draw(state.ema_params, table, random_key(config.seed), labels, config.guidance_scale)
     results = {
         "step": int(state.step), "calls": len(table.t), "sampler": config.sampler or run.default_sampler, "eta": config.eta,

@@ -198,19 +198,20 @@ def test_the_paper_preset_is_the_published_recipe():
 def test_a_preset_asks_for_classes_only_where_there_are_some():
     digits = ImageData("digits", np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int32))
     small, paper = PRESETS["small"], dataclasses.replace(PRESETS["paper"], conditional=True)
-    assert described_by(small, digits).conditional
-    assert described_by(paper, digits).conditional
-    assert not described_by(PRESETS["paper"], digits).conditional
+    assert described_by(small, digits, []).conditional
+    assert described_by(paper, digits, ["--conditional"]).conditional
+    assert not described_by(PRESETS["paper"], digits, []).conditional
     unlabelled = digits._replace(num_classes=0)
-    assert not described_by(small, unlabelled).conditional
-    with pytest.raises(ValueError, match="--conditional must be left out for images without classes"):
-        described_by(paper, unlabelled)
+    assert not described_by(small, unlabelled, []).conditional
+    for config in (small, paper):
+        with pytest.raises(ValueError, match="--conditional must be left out for images without classes"):
+            described_by(config, unlabelled, ["--conditional"])
     guided = dataclasses.replace(
         small, loss_type="mean_flow", noise_schedule_type="flow", target_type="pred_u", training_guidance=2
     )
-    assert described_by(guided, digits).training_guidance == 2
-    with pytest.raises(ValueError, match="--training-guidance must be 1 without --conditional"):
-        described_by(guided, unlabelled)
+    assert described_by(guided, digits, []).training_guidance == 2
+    with pytest.raises(ValueError, match="--training-guidance must be 1 for images without classes, got 2"):
+        described_by(guided, unlabelled, [])
 
 
 @pytest.mark.parametrize("what", ["nothing", "text", "too large", "a workdir inside"])

@@ -15,8 +15,8 @@ from support.exported import write_model
 from support.saved_run import open_run, solver_table
 
 pytestmark = pytest.mark.slow
-SMALL = [*TINY[2:], "--patch-size", "4"]  # without --dataset digits
-LEARNING = ["--embed-dim", "16", "--learning-rate", "0.01", "--warmup", "5", "--conditional", "--image-size", "12"]
+SMALL = [arg for arg in TINY[2:] if arg != "--no-conditional"] + ["--patch-size", "4"]  # without --dataset digits
+LEARNING = ["--embed-dim", "16", "--learning-rate", "0.01", "--warmup", "5", "--image-size", "12"]
 LEARNING += ["--iterations", "100", "--checkpoint-every", "50", "--sample-every", "50"]
 COLOURS = {"a red": (230, 30, 30), "b blue": (30, 30, 230)}
 
@@ -43,7 +43,7 @@ def coloured(tmp_path_factory, photos) -> Path:
     """A conditional run on the folder."""
     workdir = tmp_path_factory.mktemp("runs") / "coloured"
     said = run("mnist.py", *SMALL, *LEARNING, "--dataset", photos, "--workdir", workdir)
-    assert f"54 images of {photos}" in said
+    assert f"54 images of {photos} in 2 classes" in said
     return workdir
 
 
@@ -99,7 +99,7 @@ def test_a_run_goes_on_where_its_images_are_moved_and_not_with_others(coloured, 
 def test_classes_are_asked_for_only_where_there_are_some(coloured, photos, tmp_path):
     args = ["--workdir", coloured, "--out", tmp_path / "x.png", "--labels", "2"]
     assert "--labels must be between 0 and 1, got 2" in run("sample.py", *args, status=2)
-    args = [*SMALL, "--dataset", photos / "a red", "--preset", "paper", "--conditional", "--workdir", tmp_path / "run"]
+    args = [*SMALL, "--dataset", photos / "a red", "--conditional", "--workdir", tmp_path / "run"]
     assert "--conditional must be left out for images without classes" in run("mnist.py", *args, status=2)
 
 
@@ -116,7 +116,9 @@ def mapped(tmp_path_factory, images) -> Path:
     """A run on images in a .npy, with the best of the checkpoints known, and beside it the images."""
     folder = tmp_path_factory.mktemp("runs")
     np.save(folder / "images.npy", images)
-    run("mnist.py", *SMALL, "--dataset", folder / "images.npy", "--workdir", folder / "whole")
+    said = run("mnist.py", *SMALL, "--dataset", folder / "images.npy", "--workdir", folder / "whole")
+    assert "images.npy without classes" in said
+    assert not json.loads((folder / "whole" / "config.json").read_text())["conditional"]
     return folder
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 import jax
@@ -23,7 +24,7 @@ Found = tyro.conf.Suppress[tyro.conf.Fixed[Value]]  # by the program, and not an
 @dataclasses.dataclass(frozen=True)
 class Run:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """paper: published recipe. improved: paper with Muon (not measured). small: for a CPU. auto: small on a CPU, else paper."""
+    """paper: published recipe. improved: with Muon and classes (not measured). small: for a CPU. auto: small on a CPU, else paper."""
     workdir: str = "runs/mnist"
     """Folder of the run. Repeat the command to continue it."""
     seed: int = 0
@@ -170,25 +171,25 @@ def parse_run(description: str | None) -> Config:
     return config
 
 
-def described_by(config: Config, data: ImageData) -> Config:
-    """The config with what the data say about the run. Without classes a preset's `conditional` becomes False.
+def described_by(config: Config, data: ImageData, args: Sequence[str]) -> Config:
+    """The config with what the data say about the run. Without classes, the `conditional` of a preset becomes False.
 
-    Raises ValueError if classes were asked for and there are none.
+    Raises ValueError if there are no classes and the command line asks for some, or for guidance towards them.
     """
-    wanted = "left out for images without classes, which a folder has if its images are in two or more subfolders"
-    from_preset = PRESETS[config.preset].conditional
-    require(data.num_classes > 0 or from_preset or not config.conditional, "conditional", config.conditional, wanted)
-    described = dataclasses.replace(
+    conditional = config.conditional and data.num_classes > 0
+    wanted = "left out for images without classes; a folder has classes if all of its images are in two or more subfolders"
+    require(data.num_classes > 0 or "--conditional" not in args, "conditional", True, wanted)
+    guided = config.training_guidance != 1 and not conditional
+    require(not guided, "training_guidance", config.training_guidance, "1 for images without classes")
+    return dataclasses.replace(
         config,
-        conditional=config.conditional and data.num_classes > 0,
+        conditional=conditional,
         dataset=data.name,
         image_size=data.image_size,
         channels=data.images.shape[3],
         num_classes=data.num_classes,
         images=data.checksum,
     )
-    check(described)
-    return described
 
 
 def choose_preset(args: list[str]) -> str:

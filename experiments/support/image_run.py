@@ -58,7 +58,7 @@ def set_up(description: str | None) -> ImageRun:
             model.default_table(config, schedule, config.sampling_timesteps)  # fails before a folder is made, if at all
         data = in_turn(lambda: load_dataset(config.dataset, config.data_dir, "train", config.image_size, config.channels))
         with failing_together():
-            config = described_by(config, data)
+            config = described_by(config, data, sys.argv)
             if config.images is not None and Path(config.dataset).is_dir():
                 check_apart(Path(config.dataset), Path(config.workdir))
             init_key, train_key, sample_key = jax.random.split(random_key(config.seed), 3)
@@ -72,7 +72,8 @@ def set_up(description: str | None) -> ImageRun:
             workdir = open_workdir(config, MAY_DIFFER | moved, **more) if is_first_process() else Path(config.workdir)
     if is_first_process():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        images = f"{len(data.images):,} images of {data.name}{f' in {data.num_classes} classes' if config.conditional else ''}"
+        classes = f" in {data.num_classes} classes" if config.conditional else "" if data.num_classes else " without classes"
+        images = f"{len(data.images):,} images of {data.name}{classes}"
         print(f"{config.preset} preset on {devices}, {images}, in {workdir}", file=sys.stderr)
     return ImageRun(config, data, schedule, state, workdir, train_key, sample_key)
 

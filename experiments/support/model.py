@@ -13,6 +13,7 @@ import diffusion_jax as dj
 from diffusion_jax.diffusion import Denoise, Predict
 from diffusion_jax.flow_map import Network, jumping
 from support.config import Config
+from support.data import ImageData
 
 SCHEDULES = {
     "linear": dj.linear_schedule,
@@ -136,6 +137,11 @@ def make_sampler(
         return np.take(drawn, range(len(labels)), axis)
 
     return draw_samples
+
+
+def random_labels(config: Config, data: ImageData, count: int, seed: int) -> np.ndarray:
+    """The classes of random images of `data` for a conditional run, so that samples have no more equal shares than data."""
+    return np.random.default_rng((seed, 1)).choice(data.labels, count) if config.conditional else labels_in_turn(config, count)
 
 
 def labels_in_turn(config: Config, count: int) -> np.ndarray:
