@@ -24,7 +24,7 @@ Found = tyro.conf.Suppress[tyro.conf.Fixed[Value]]  # by the program, and not an
 @dataclasses.dataclass(frozen=True)
 class Run:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """paper: published recipe. improved: with Muon and classes (not measured). small: for a CPU. auto: small on a CPU, else paper."""
+    """paper: published recipe. improved: Muon, classes (not measured). small: for a CPU. auto: small on a CPU, else paper."""
     workdir: str = "runs/mnist"
     """Folder of the run. Repeat the command to continue it."""
     seed: int = 0
