@@ -56,31 +56,23 @@ def main() -> None:
     real, _ = describe(train.images[np.random.default_rng(0).permutation(len(train.images))[: args.num_samples]])
 
     out = Path(args.out)
-    budget = {"num_samples": args.num_samples, "iterations": args.iterations}
     runs = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    recipes = {name: json.loads(json.dumps(options)) for name, options in ROWS.items()}
-    done = [run for run in runs if (budget | {"options": recipes.get(run["name"])}).items() <= run.items()]
+    done = []
     for seed in range(args.seeds):
         for name in args.recipes:
-            options = ROWS[name] | {"precision": "bfloat16", "iterations": args.iterations, "seed": seed}
-            config = dataclasses.replace(PRESETS["small"], **options)
-            saved = json.loads(json.dumps(dataclasses.asdict(config)))
-            if any(run["config"] == saved for run in done):
-                continue
-            samples, seconds = trained_samples(config, train, args.num_samples)
-            features, _ = describe(to_bytes(samples, test))
-            distances = {space: frechet_distance(real[space], features[space]) for space in features}
-            run = {
-                "name": name,
-                "options": recipes[name],
-                **budget,
-                "config": saved,
-                "seconds": seconds,
-                "distances": distances,
-            }
-            done.append(run)
-            with out.open("a") as file:
-                print(json.dumps(run), file=file)
+            config = dataclasses.replace(
+                PRESETS["small"], precision="bfloat16", iterations=args.iterations, seed=seed, **ROWS[name]
+            )
+            run = {"num_samples": args.num_samples, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+            known = next((known for known in runs if run.items() <= known.items()), None)
+            if known is None:
+                samples, seconds = trained_samples(config, train, args.num_samples)
+                features, _ = describe(to_bytes(samples, test))
+                distances = {space: frechet_distance(real[space], features[space]) for space in features}
+                known = {"name": name, **run, "seconds": seconds, "distances": distances}
+                with out.open("a") as file:
+                    print(json.dumps(known), file=file)
+            done.append(known | {"name": name})
     print(as_table(done))
 
 
