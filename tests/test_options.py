@@ -15,6 +15,7 @@ from edit import SAMPLERS_FOR, interpolate
 from support import model, objective, vectors
 from support.batches import training_step
 from support.config import Config, check
+from support.data import ImageData
 from support.saved_run import Sampler, open_run, solver_table
 from support.workdir import ADDED
 
@@ -125,6 +126,14 @@ def test_the_gradient_of_a_distilled_run_is_weighted_by_each_examples_error(monk
     batch = (jnp.zeros((1, 13, 8, 8, 1), jnp.float16), jnp.zeros(1, int)), jnp.array([0.5])
     value, gradient = jax.value_and_grad(lambda w: loss(w, batch, jax.random.split(jax.random.key(0), 1)).mean())(0.1)
     np.testing.assert_allclose([value, gradient], [0.01, 0.2 / (0.01 + 1e-3)], rtol=1e-5)
+
+
+def test_runs_are_judged_with_the_classes_of_random_images():
+    digits = ImageData("digits", np.zeros((100, 8, 8, 1), np.uint8), np.repeat([3, 5], [90, 10]).astype(np.int32))
+    labels = model.random_labels(dataclasses.replace(CONFIG, conditional=True), digits, 10_000, 0)
+    assert set(labels) == {3, 5}
+    assert np.mean(labels == 3) == pytest.approx(0.9, abs=0.015)
+    np.testing.assert_array_equal(model.random_labels(CONFIG, digits, 4, 0), [10] * 4)
 
 
 def test_trajectories_are_the_samples_of_the_teacher_and_the_way_to_them():

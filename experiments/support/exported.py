@@ -19,7 +19,7 @@ NEEDED = "a trained network must be in a file of experiments/export.py"
 def write_model(file: Path, config: Any, params: PyTree, step: int, dtype: DTypeLike) -> None:
     """Write the parameters in `dtype`; what the file held before stays until the new one is whole.
 
-    Of the run's folder, its data directory and its `init`, the file has only the last name of `init`.
+    The file leaves out the run's folder and data directory, and keeps only the last part of the path `init`.
     """
     options = dataclasses.asdict(config) | {"workdir": "", "data_dir": None, "init": config.init and Path(config.init).name}
     tensors = {name: jnp.asarray(x, dtype) for name, x in flatten_dict(params, sep="/").items()}

@@ -140,7 +140,7 @@ def make_sampler(
 
 
 def random_labels(config: Config, data: ImageData, count: int, seed: int) -> np.ndarray:
-    """The classes of random images of `data` for a conditional run, so that samples have no more equal shares than data."""
+    """The classes of random images of `data` for a conditional run; otherwise as `labels_in_turn`."""
     return np.random.default_rng((seed, 1)).choice(data.labels, count) if config.conditional else labels_in_turn(config, count)
 
 
