@@ -8,7 +8,6 @@ python experiments/mnist.py --dataset ~/pictures    # a folder of your own, also
 import support.terminal  # isort: skip  # noqa: F401
 
 import os
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,18 +15,13 @@ from jaxtyping import Float
 
 import diffusion_jax as dj
 from support import model, objective
-from support.config import Config
-from support.data import ImageData, to_model_input
-from support.image_run import set_up
-from support.loop import train_in
-from support.machine import prepare_machine
+from support.data import to_model_input
+from support.image_run import ImageRun, set_up
+from support.loop import train_in, write_once
 from support.pictures import grid, save_animation
-from support.processes import failing_together, is_first_process
-from support.workdir import one_line_if_unwritable
 
 
 def main() -> None:
-    prepare_machine()
     run = set_up(__doc__)
     config, schedule = run.config, run.schedule
     step = objective.make_step(config, schedule, run.data, run.train_key, run.state.params)
@@ -40,16 +34,15 @@ def main() -> None:
 
     state = train_in(run.workdir, config, run.state, step, preview)
     path = model.make_sampler(config, schedule, dj.sample_trajectory)(state.ema_params, table, run.sample_key, labels)
-    with one_line_if_unwritable(run.workdir), failing_together():
-        if is_first_process():
-            save_figures(run.workdir, config, run.data, path)
+    write_once(run.workdir, lambda: save_figures(run, path))
 
 
-def save_figures(workdir: Path, config: Config, data: ImageData, path: Float[np.ndarray, "S N H W C"]) -> None:
+def save_figures(run: ImageRun, path: Float[np.ndarray, "S N H W C"]) -> None:
     """Write figure.png, denoising.gif and training.png."""
     from support.figures import save_noise_figure, save_training_figure  # matplotlib would delay the first step
 
-    real = np.asarray(to_model_input(jnp.asarray(data.images[: config.num_samples]), config.image_size))
+    workdir, config = run.workdir, run.config
+    real = np.asarray(to_model_input(jnp.asarray(run.data.images[: config.num_samples]), config.image_size))
     save_noise_figure(workdir / "figure.png", real, path)
     save_animation(workdir / "denoising.gif", path)
     wrote = ["figure.png", "denoising.gif"]

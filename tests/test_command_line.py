@@ -15,7 +15,7 @@ import edit
 import judge
 import sample
 import schedules
-from support import vectors
+from support import image_run, vectors
 from support.command_line import parse_command_line
 from support.config import PRESETS, Config, described_by
 from support.data import ImageData
@@ -26,7 +26,8 @@ def fails(capsys, monkeypatch, script, *args) -> str:
     module = __import__(script)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
     # It would change the process of the other tests too.
-    monkeypatch.setattr(module, "prepare_machine", lambda: None, raising=False)
+    for caller in (module, image_run):
+        monkeypatch.setattr(caller, "prepare_machine", lambda: None, raising=False)
     with pytest.raises(SystemExit) as stop:
         module.main()
     assert stop.value.code == 2

@@ -16,7 +16,7 @@ from runs import TINY
 
 import diffusion_jax as dj
 from diffusion_jax.sampling import strided_timesteps
-from support import batches, data, model
+from support import batches, data, image_run, model
 from support.config import MAY_DIFFER, Config
 from support.workdir import open_workdir
 
@@ -205,7 +205,8 @@ def main(monkeypatch, capsys, script, *args) -> str:
     module = __import__(script)
     monkeypatch.setattr(module, "load_dataset", load, raising=False)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
-    monkeypatch.setattr(module, "prepare_machine", lambda: None)
+    for caller in (module, image_run):
+        monkeypatch.setattr(caller, "prepare_machine", lambda: None, raising=False)
     monkeypatch.setattr(model, "initial_state", stop_here)
     with pytest.raises(SystemExit) as stop:
         module.main()

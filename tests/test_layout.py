@@ -46,8 +46,13 @@ def test_no_file_imports_a_script(file):
     assert not imported_modules(file) & SCRIPTS
 
 
-def test_mnist_has_at_most_60_lines_of_code():
+def test_mnist_has_at_most_60_lines_of_code_and_starts_from_six_files():
     assert lines_of_code(EXPERIMENTS / "mnist.py") <= 60
+    tree = ast.parse((EXPERIMENTS / "mnist.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    files = {alias.name for node in imports if node.module == "support" for alias in node.names}
+    files |= {node.module.removeprefix("support.") for node in imports if node.module.startswith("support.")}
+    assert files - {"figures"} == {"model", "objective", "data", "image_run", "loop", "pictures"}
 
 
 @pytest.mark.parametrize("file", sorted([*PACKAGE.glob("*.py"), *EXPERIMENTS.rglob("*.py")]), ids=lambda file: file.name)

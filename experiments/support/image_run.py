@@ -19,7 +19,7 @@ from support.command_line import one_line_errors, require
 from support.config import MAY_DIFFER, Config, described_by, parse_run
 from support.data import ImageData, load_dataset
 from support.image_folder import check_apart
-from support.machine import random_key
+from support.machine import prepare_machine, random_key
 from support.processes import (
     check_same_everywhere,
     failing_together,
@@ -50,6 +50,7 @@ class ImageRun(NamedTuple):
 
 def set_up(description: str | None) -> ImageRun:
     """The run that the command line describes. On a wrong option, wrong data or another run's folder, exits with one line."""
+    prepare_machine()
     with one_line_errors():
         join_processes(sys.argv[1:])
         with failing_together():

@@ -85,6 +85,13 @@ def run_steps(
     return state
 
 
+def write_once(workdir: Path, write: Callable[[], None]) -> None:
+    """Call `write` in the first process alone, which the others wait for. Exits with one line if the disk is full."""
+    with one_line_if_unwritable(workdir), failing_together():
+        if is_first_process():
+            write()
+
+
 def keep_failed_saves_quiet() -> None:
     """Hide Orbax's log of a failed save, whose error is raised, and the tracebacks of its unfinished writes."""
     logging.get_absl_logger().addFilter(is_news)
