@@ -34,6 +34,7 @@ ROWS = {
     "with times uniform": {"time_density": "uniform", "stratified": False},
     "with min-SNR weights": {"loss_weighting": "min_snr"},
     "predicting v": {"target_type": "pred_v"},
+    "predicting v, with min-SNR weights": {"target_type": "pred_v", "loss_weighting": "min_snr"},
     "without classes": {"conditional": False},
     "without patches, width 16": {"patch_size": 1, "embed_dim": 16, "dim_scales": (1, 2, 4, 8)},
     "published, width 16": {"patch_size": 1, "embed_dim": 16, "dim_scales": (1, 2, 4, 8), "optimizer": "adam"}
@@ -88,7 +89,7 @@ def trained_samples(config, train: ImageData, count: int) -> tuple[np.ndarray, f
             start = time.perf_counter()
     jax.block_until_ready(metrics)
     seconds = time.perf_counter() - start
-    sampler, table = model.make_sampler(config, schedule), solver_table("dpm_solver", schedule, CALLS, eta=1.0)
+    sampler, table = model.make_sampler(config, schedule), solver_table("unipc", schedule, CALLS)
     labels = np.resize(model.random_labels(config, train, count, config.seed), -(-count // BATCH) * BATCH)
     samples = [
         sampler(state.ema_params, table, sample_key, labels[first : first + BATCH], first) for first in range(0, count, BATCH)

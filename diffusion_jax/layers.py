@@ -1,4 +1,7 @@
-"""The layers of the networks. cpu.py has faster versions for CPUs, with the same results and parameters."""
+"""The layers of the networks. cpu.py has faster versions for CPUs, with the same results and parameters.
+
+Functions of layers have `jax.jit` so that JAX traces them once for each shape, not once for each layer.
+"""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -115,14 +118,27 @@ class GroupNorm(nn.Module):
         offset = jnp.broadcast_to(bias[None] + jnp.asarray(shift, jnp.float32), (len(x), channels))
         groups = next(n for n in (8, 4, 2, 1) if n == 1 or (channels % n == 0 and channels >= 4 * n))
 
-        def normalize(group_norm, x, scale, offset):
-            return self.activation(group_norm(x.astype(jnp.float32), scale, offset, groups)).astype(self.dtype)
+        return normalized(x, scale[None, None, None], offset[:, None, None], groups, self.activation, self.dtype)
 
-        # Save only the statistics: recomputing the rest in the backward pass moves less memory.
-        keep = jax.checkpoint_policies.save_only_these_names("statistics")
-        default = jax.checkpoint(partial(normalize, group_norm), policy=keep)
-        operands = x, scale[None, None, None], offset[:, None, None]
-        return jax.lax.platform_dependent(*operands, cpu=partial(normalize, cpu.group_norm), default=default)
+
+@partial(jax.jit, static_argnames=("groups", "activation", "dtype"), inline=True)
+def normalized(
+    x: Float[Array, "B H W C"],
+    scale: Float[Array, "1 1 1 C"],
+    offset: Float[Array, "B 1 1 C"],
+    groups: int,
+    activation: Callable[[Array], Array],
+    dtype: DTypeLike,
+) -> Float[Array, "B H W C"]:
+    """activation(group_norm(x, scale, offset, groups)), computed in float32."""
+
+    def normalize(group_norm, x, scale, offset):
+        return activation(group_norm(x.astype(jnp.float32), scale, offset, groups)).astype(dtype)
+
+    # Save only the statistics: recomputing the rest in the backward pass moves less memory.
+    keep = jax.checkpoint_policies.save_only_these_names("statistics")
+    default = jax.checkpoint(partial(normalize, group_norm), policy=keep)
+    return jax.lax.platform_dependent(x, scale, offset, cpu=partial(normalize, cpu.group_norm), default=default)
 
 
 def group_norm(
@@ -146,11 +162,13 @@ def group_norm(
     return (x - mean) * (scale * inverse) + offset
 
 
+@partial(jax.jit, inline=True)
 def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array, "... D"]:
     """x @ kernel."""
     return jax.lax.platform_dependent(x, kernel, cpu=cpu.matmul, default=jnp.matmul)
 
 
+@partial(jax.jit, inline=True)
 def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """sum_ij x[h+i-1, w+j-1] kernel[i, j], with zero padding."""
 

@@ -51,9 +51,13 @@ def make_network(config: Config) -> dj.UNet | dj.DiT:
 def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
     network, second_time = make_network(config), {"s": jnp.zeros(1)} if config.few_calls else {}
     x_t, t = jnp.zeros((1, *image_shape(config)), jnp.float32), jnp.ones(1, jnp.int32)
-    params = jax.jit(network.init)(key, x_t, t, **second_time)["params"]
     optimizer = OPTIMIZERS[config.optimizer](config.learning_rate, config.iterations, config.warmup)
-    return dj.create_train_state(network.apply, params, optimizer)
+
+    @jax.jit  # one program; without it, the optimizer's zeros are one for each shape
+    def state(key: Key[Array, ""]) -> dj.TrainState:
+        return dj.create_train_state(network.apply, network.init(key, x_t, t, **second_time)["params"], optimizer)
+
+    return state(key)
 
 
 def apply_to(
