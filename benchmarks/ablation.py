@@ -33,12 +33,13 @@ ROWS = {
     "with half the learning rate": {"learning_rate": 2e-3},
     "with times uniform": {"time_density": "uniform", "stratified": False},
     "with min-SNR weights": {"loss_weighting": "min_snr"},
-    "predicting v": {"target_type": "pred_v"},
-    "predicting v, with min-SNR weights": {"target_type": "pred_v", "loss_weighting": "min_snr"},
+    "predicting x_0": {"target_type": "pred_x_0"},
+    "predicting x_0, with min-SNR weights": {"target_type": "pred_x_0", "loss_weighting": "min_snr"},
     "without classes": {"conditional": False},
     "without patches, width 16": {"patch_size": 1, "embed_dim": 16, "dim_scales": (1, 2, 4, 8)},
     "published, width 16": {"patch_size": 1, "embed_dim": 16, "dim_scales": (1, 2, 4, 8), "optimizer": "adam"}
-    | {"learning_rate": 1e-3, "warmup": 0, "time_density": "uniform", "stratified": False, "conditional": False},
+    | {"learning_rate": 1e-3, "warmup": 0, "time_density": "uniform", "stratified": False, "conditional": False}
+    | {"target_type": "pred_x_0"},
 }
 
 

@@ -67,9 +67,10 @@ BAD_MNIST = {
     "--preset": ("--preset",),
     "--dim-scales": ("--dim-scales", "one or more numbers", "got ()"),
     "--sigma-type learned --target-type pred_v": ("--loss-type", "hybrid or bound", "got l2"),
-    "--sigma-type learned --loss-type hybrid": ("--target-type", "other than pred_x_0", "got pred_x_0"),
+    "--sigma-type learned --loss-type hybrid --target-type pred_x_0": ("--target-type", "other than pred_x_0", "got pred_x_0"),
     "--loss-weighting min_snr --loss-type bound --sigma-type learned --target-type pred_v": ("--loss-weighting", "none"),
     "--loss-type hybrid": ("--loss-type", "l2 or l1", "got hybrid"),
+    "--noise-schedule-type ve": ("--target-type", "other than pred_v with ve", "edm", "got pred_v"),
     "--noise-schedule-type flow --target-type pred_eps": ("--target-type", "other than pred_eps with flow", "got pred_eps"),
 }
 
@@ -81,7 +82,9 @@ def test_mnist_refuses_in_one_line(capsys, monkeypatch, tmp_path, args):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("embed-dim", "8"), ("seed", "1"), ("iterations", "9"), ("target-type", "pred_v")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("embed-dim", "8"), ("seed", "1"), ("iterations", "9"), ("target-type", "pred_eps")]
+)
 def test_another_config_in_the_same_workdir_is_refused(capsys, monkeypatch, trained, name, value):
     before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
     line = fails(capsys, monkeypatch, "mnist", *TINY, "--workdir", trained, f"--{name}", value)
