@@ -26,7 +26,7 @@ from support.judging import to_bytes
 from support.machine import prepare_machine, random_key
 from support.saved_run import solver_table
 
-CALLS, BATCH = 20, 250
+SAMPLER, CALLS, BATCH = "unipc", 20, 250
 ROWS = {
     "small": {},
     "with Adam at half the learning rate": {"optimizer": "adam", "learning_rate": 2e-3},
@@ -65,7 +65,12 @@ def main() -> None:
             config = dataclasses.replace(
                 PRESETS["small"], precision="bfloat16", iterations=args.iterations, seed=seed, **ROWS[name]
             )
-            run = {"num_samples": args.num_samples, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+            run = {
+                "num_samples": args.num_samples,
+                "sampler": SAMPLER,
+                "calls": CALLS,
+                "config": json.loads(json.dumps(dataclasses.asdict(config))),
+            }
             known = next((known for known in runs if run.items() <= known.items()), None)
             if known is None:
                 samples, seconds = trained_samples(config, train, args.num_samples)
@@ -90,7 +95,7 @@ def trained_samples(config, train: ImageData, count: int) -> tuple[np.ndarray, f
             start = time.perf_counter()
     jax.block_until_ready(metrics)
     seconds = time.perf_counter() - start
-    sampler, table = model.make_sampler(config, schedule), solver_table("unipc", schedule, CALLS)
+    sampler, table = model.make_sampler(config, schedule), solver_table(SAMPLER, schedule, CALLS)
     labels = np.resize(model.random_labels(config, train, count, config.seed), -(-count // BATCH) * BATCH)
     samples = [
         sampler(state.ema_params, table, sample_key, labels[first : first + BATCH], first) for first in range(0, count, BATCH)

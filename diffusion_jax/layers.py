@@ -1,6 +1,7 @@
 """The layers of the networks. cpu.py has faster versions for CPUs, with the same results and parameters.
 
-Functions of layers have `jax.jit` so that JAX traces them once for each shape, not once for each layer.
+`matmul`, `conv3x3` and `normalize_and_activate` have `jax.jit`, so that JAX traces them once for each shape and not for each
+layer.
 """
 
 from collections.abc import Callable
@@ -118,11 +119,11 @@ class GroupNorm(nn.Module):
         offset = jnp.broadcast_to(bias[None] + jnp.asarray(shift, jnp.float32), (len(x), channels))
         groups = next(n for n in (8, 4, 2, 1) if n == 1 or (channels % n == 0 and channels >= 4 * n))
 
-        return normalized(x, scale[None, None, None], offset[:, None, None], groups, self.activation, self.dtype)
+        return normalize_and_activate(x, scale[None, None, None], offset[:, None, None], groups, self.activation, self.dtype)
 
 
 @partial(jax.jit, static_argnames=("groups", "activation", "dtype"), inline=True)
-def normalized(
+def normalize_and_activate(
     x: Float[Array, "B H W C"],
     scale: Float[Array, "1 1 1 C"],
     offset: Float[Array, "B 1 1 C"],
@@ -130,7 +131,7 @@ def normalized(
     activation: Callable[[Array], Array],
     dtype: DTypeLike,
 ) -> Float[Array, "B H W C"]:
-    """activation(group_norm(x, scale, offset, groups)), computed in float32."""
+    """activation(group_norm(x, scale, offset, groups)), computed in float32. `activation` must be hashable."""
 
     def normalize(group_norm, x, scale, offset):
         return activation(group_norm(x.astype(jnp.float32), scale, offset, groups)).astype(dtype)

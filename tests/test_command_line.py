@@ -27,7 +27,7 @@ def fails(capsys, monkeypatch, script, *args) -> str:
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
     # It would change the process of the other tests too.
     for caller in (module, image_run):
-        monkeypatch.setattr(caller, "prepare_machine", lambda: None, raising=False)
+        monkeypatch.setattr(caller, "prepare_machine", lambda: None, raising=caller is image_run)
     with pytest.raises(SystemExit) as stop:
         module.main()
     assert stop.value.code == 2
@@ -197,6 +197,7 @@ def test_the_paper_preset_is_the_published_recipe():
         "learning_rate": 1e-3, "precision": "float32",
     }  # fmt: skip
     assert {name: getattr(paper, name) for name in published} == published
+    assert PRESETS["small"].target_type == PRESETS["improved"].target_type == "pred_v"
 
 
 def test_a_preset_asks_for_classes_only_where_there_are_some():

@@ -206,7 +206,7 @@ def main(monkeypatch, capsys, script, *args) -> str:
     monkeypatch.setattr(module, "load_dataset", load, raising=False)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
     for caller in (module, image_run):
-        monkeypatch.setattr(caller, "prepare_machine", lambda: None, raising=False)
+        monkeypatch.setattr(caller, "prepare_machine", lambda: None, raising=caller is image_run)
     monkeypatch.setattr(model, "initial_state", stop_here)
     with pytest.raises(SystemExit) as stop:
         module.main()

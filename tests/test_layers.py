@@ -91,16 +91,29 @@ def test_gradients_are_the_same_on_four_devices():
 BOTH_PLATFORMS = pytest.mark.parametrize("platform", ["cpu", "default"])
 
 
-def run_as_on(platform, monkeypatch):
-    """Run the branch of `platform` in what is traced from here on."""
-    run = lambda *operands, **branches: branches.get(platform, branches["default"])(*operands)  # noqa: E731
-    monkeypatch.setattr(jax.lax, "platform_dependent", run)
+@pytest.fixture
+def run_as_on(monkeypatch):
+    """run_as_on(platform): the branch of that platform runs from then on. Fails if no branch was traced."""
+    traced = []
+
+    def start(platform):
+        def run(*operands, **branches):
+            traced.append(platform)
+            return branches.get(platform, branches["default"])(*operands)
+
+        jax.clear_caches()  # the layers' functions are traced once for each shape
+        monkeypatch.setattr(jax.lax, "platform_dependent", run)
+
+    yield start
+    monkeypatch.undo()
+    jax.clear_caches()
+    assert traced
 
 
 @BOTH_PLATFORMS
 @pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 1), (8, 2), (16, 4), (32, 8), (48, 8)])
-def test_group_norm_and_its_gradients_are_those_of_flax(channels, groups, platform, monkeypatch):
-    run_as_on(platform, monkeypatch)
+def test_group_norm_and_its_gradients_are_those_of_flax(channels, groups, platform, run_as_on):
+    run_as_on(platform)
     x, shift, g = 2 + 3 * normal(0, 2, 4, 6, channels), normal(3, 2, channels), normal(4, 2, 4, 6, channels)
     params = {"scale": normal(1, channels), "bias": normal(2, channels)}
     flax_norm = lambda params, x: nn.GroupNorm(groups, use_fast_variance=False).apply({"params": params}, x)  # noqa: E731
@@ -121,8 +134,8 @@ def test_group_norm_and_its_gradients_are_those_of_flax(channels, groups, platfo
 
 @BOTH_PLATFORMS
 @pytest.mark.parametrize("first_row", [1000.0, 0.0])
-def test_the_gradient_of_group_norm_survives_a_large_mean(first_row, platform, monkeypatch):
-    run_as_on(platform, monkeypatch)
+def test_the_gradient_of_group_norm_survives_a_large_mean(first_row, platform, run_as_on):
+    run_as_on(platform)
     x, g = (1000 + 3 * normal(0, 4, 8, 8, 8)).at[:, 0, :, :].add(first_row - 1000), normal(1, 4, 8, 8, 8)
     params = {"scale": normal(2, 8), "bias": normal(3, 8)}
     actual = jax.vjp(lambda params, x: GroupNorm(jnp.float32).apply({"params": params}, x), params, x)[1](g)
@@ -191,7 +204,7 @@ def test_derivatives_of_second_order_in_both_modes(name):
         pytest.param(ResidualBlock(6, jnp.float32), normal(0, 2, 6, 6, 4), normal(1, 2, 3), id="block"),
     ],
 )
-def test_a_gradient_penalty_does_not_depend_on_the_platform(network, x_t, t, platform, monkeypatch):
+def test_a_gradient_penalty_does_not_depend_on_the_platform(network, x_t, t, platform, run_as_on):
     leaves, structure = jax.tree.flatten(jax.eval_shape(network.init, jax.random.key(0), x_t, t))
     params = jax.tree.unflatten(structure, [0.1 + 0.3 * normal(seed, *x.shape) for seed, x in enumerate(leaves)])
 
@@ -204,6 +217,6 @@ def test_a_gradient_penalty_does_not_depend_on_the_platform(network, x_t, t, pla
         return jax.grad(penalty, (0, 1))(params, x_t), jax.jvp(predict, (x_t,), (x_t,))[1]
 
     actual = jax.jit(derivatives)(params, x_t)
-    run_as_on(platform, monkeypatch)
+    run_as_on(platform)
     expected = jax.jit(lambda *operands: derivatives(*operands))(params, x_t)
     jax.tree.map(assert_close, actual, expected)

@@ -24,7 +24,7 @@ Found = tyro.conf.Suppress[tyro.conf.Fixed[Value]]  # by the program, and not an
 @dataclasses.dataclass(frozen=True)
 class Run:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """paper: published recipe. improved: trained as small, unmeasured. small: for a CPU. auto: small on a CPU, else paper."""
+    """small: for a CPU. paper: published recipe. improved: its network, trained as small. auto: small on a CPU, else paper."""
     workdir: str = "runs/mnist"
     """Folder of the run. Repeat the command to continue it."""
     seed: int = 0
@@ -217,7 +217,7 @@ def check(config: Config) -> None:
     defined = config.noise_schedule_type != "flow" or config.target_type != "pred_eps"
     require(defined, "target_type", config.target_type, "other than pred_eps with flow, which has no signal at t = T")
     bounded = config.noise_schedule_type != "ve" or config.target_type != "pred_v"
-    require(bounded, "target_type", config.target_type, "other than pred_v with ve, for example edm, which is bounded")
+    require(bounded, "target_type", config.target_type, "other than pred_v with ve, for example edm")
     require(config.loss_type in losses, "loss_type", config.loss_type, f"{' or '.join(losses)} with this --sigma-type")
     if config.few_calls:
         same = {"loss_weighting": "none", "time_input": "t"}

@@ -53,7 +53,7 @@ def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
     x_t, t = jnp.zeros((1, *image_shape(config)), jnp.float32), jnp.ones(1, jnp.int32)
     optimizer = OPTIMIZERS[config.optimizer](config.learning_rate, config.iterations, config.warmup)
 
-    @jax.jit  # one program; without it, the optimizer's zeros are one for each shape
+    @jax.jit  # without it, each shape of the optimizer's zeros would be a program of its own
     def state(key: Key[Array, ""]) -> dj.TrainState:
         return dj.create_train_state(network.apply, network.init(key, x_t, t, **second_time)["params"], optimizer)
 
