@@ -49,7 +49,8 @@ def make_network(config: Config) -> dj.UNet | dj.DiT:
 
 
 def initial_state(config: Config, key: Key[Array, ""]) -> dj.TrainState:
-    network, second_time = make_network(config), {"s": jnp.zeros(1)} if config.few_calls else {}
+    network = make_network(config)
+    second_time: dict[str, Any] = {"s": jnp.zeros(1)} if config.few_calls else {}
     x_t, t = jnp.zeros((1, *image_shape(config)), jnp.float32), jnp.ones(1, jnp.int32)
     optimizer = OPTIMIZERS[config.optimizer](config.learning_rate, config.iterations, config.warmup)
 
