@@ -1,4 +1,4 @@
-"""Frechet distances against the number of network calls, for every sampler, of a run of experiments/mnist.py.
+"""Frechet distances against the number of network calls, and seconds, for every sampler, of a run of experiments/mnist.py.
 
 python experiments/compare_samplers.py --workdir runs/mnist --calls 5 10 20 50
 """
@@ -8,6 +8,7 @@ import support.terminal  # isort: skip  # noqa: F401
 import dataclasses
 import json
 import sys
+import time
 from functools import partial
 from typing import Literal
 
@@ -20,7 +21,7 @@ from support.command_line import check_values, one_line_errors, parse_command_li
 from support.distances import frechet_distance
 from support.feature_spaces import feature_spaces
 from support.figures import save_curves
-from support.judging import comparable, to_bytes
+from support.judging import comparable, real_images, to_bytes
 from support.machine import prepare_machine, random_key
 from support.saved_run import open_run, solver_table
 from support.workdir import one_line_if_unwritable
@@ -38,6 +39,7 @@ SAMPLERS = {
 }
 
 JUMPS = {"jumps along the flow": partial(solver_table, "ddim"), "consistency": partial(solver_table, "consistency")}
+TIMED = 64  # samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,31 +87,43 @@ def main() -> None:
         describe, _ = feature_spaces(train, judged)
 
     count = min(config.num_samples, len(train.images), len(judged.images))
-    chosen = np.random.default_rng(config.seed).permutation(len(train.images))[:count]
-    (real, _), labels = describe(train.images[chosen]), model.random_labels(run.config, train, count, config.seed)
+    real = [describe(images)[0] for images in real_images(train, count, config.seed)]
+    params, key = state.ema_params, random_key(config.seed)
+    labels, draw = model.random_labels(run.config, train, count, config.seed), model.make_sampler(run.config, run.schedule)
 
     def compared(images: np.ndarray) -> dict[str, float]:
-        return {space: frechet_distance(real[space], features) for space, features in describe(images)[0].items()}
+        features = describe(images)[0]
+        return {space: float(np.mean([frechet_distance(x[space], features[space]) for x in real])) for space in features}
+
+    def seconds(table: dj.SamplerTable) -> float:
+        times = [time.perf_counter()]
+        for _ in range(3):
+            draw(params, table, key, np.resize(labels, TIMED))
+            times.append(time.perf_counter())
+        return float(np.median(np.diff(times)))
 
     floors = compared(judged.images[:count])
     curves: dict[str, dict[str, dict[int, float]]] = {space: {} for space in floors}
-    print(f"{count} images, Frechet distances\n\n| sampler | calls | {' | '.join(floors)} |\n{'|---' * (2 + len(floors))}|")
-    print(as_row("test images", "", floors))
+    durations: dict[str, dict[int, float]] = {}
+    print(f"{count} images, Frechet distances, and seconds for {TIMED} samples, once compiled\n")
+    print(f"| sampler | calls | seconds | {' | '.join(floors)} |\n{'|---' * (3 + len(floors))}|")
+    print(as_row("test images", "", "", floors))
     for (name, _), table in tables.items():
-        distances = compared(to_bytes(run.draw(state.ema_params, table, random_key(config.seed), labels), test))
+        calls, distances = len(table.t), compared(to_bytes(run.draw(params, table, key, labels), test))
+        durations.setdefault(name, {})[calls] = seconds(table)
         for space, distance in distances.items():
-            curves[space].setdefault(name, {})[len(table.t)] = distance
-        print(as_row(name, len(table.t), distances), flush=True)
+            curves[space].setdefault(name, {})[calls] = distance
+        print(as_row(name, calls, f"{durations[name][calls]:.2g}", distances), flush=True)
     with one_line_if_unwritable(run.results):
         results = {"images": count, "seed": config.seed, "step": int(state.step), "spacing": config.spacing}
-        results |= {"test": floors, "distances": curves}
+        results |= {"test": floors, "distances": curves, "seconds": durations}
         (run.results / "samplers.json").write_text(json.dumps(results, indent=2) + "\n")
-        save_curves(run.results / "samplers.png", curves, floors)
+        save_curves(run.results / "samplers.png", curves, floors, "network calls")
     print(f"wrote {run.results / 'samplers.json'} and samplers.png", file=sys.stderr)
 
 
-def as_row(name: str, calls: int | str, distances: dict[str, float]) -> str:
-    return f"| {name} | {calls} | {' | '.join(f'{distance:.3g}' for distance in distances.values())} |"
+def as_row(name: str, calls: int | str, seconds: str, distances: dict[str, float]) -> str:
+    return f"| {name} | {calls} | {seconds} | {' | '.join(f'{distance:.3g}' for distance in distances.values())} |"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import struct
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -206,6 +208,10 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
     args = ["--workdir", workdir, "--num-samples", "100", "--calls", "2", "4"]
     assert "| DPM-Solver++(2M) | 4 |" in finish(start("compare_samplers.py", *args, **own_home))
     compared = json.loads((workdir / "samplers.json").read_text())
+    assert all(seconds > 0 for curve in compared["seconds"].values() for seconds in curve.values())
+    command = [sys.executable, Path(__file__).parents[1] / "benchmarks/seconds.py", "--runs", "tiny", workdir / "samplers.json"]
+    subprocess.run([*command, "--original", workdir / "evaluation.json", "3", "--out", tmp_path / "seconds.png"], check=True)
+    assert Image.open(tmp_path / "seconds.png").size[0] > 500
     for space, curves in compared["distances"].items():
         for name, curve in curves.items():
             assert set(curve) == ({"1", "2"} if name == "Heun" else {"2", "4"})  # one call where sigma falls to a tenth

@@ -1,6 +1,6 @@
 """Generated images beside real ones, in every feature space."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -53,8 +53,7 @@ def judge(
     `asked` are the requested classes of the samples. Values for the sets are a list.
     """
     count = min(len(samples), len(test.images), len(train.images))
-    rng = np.random.default_rng(seed)
-    draws = [describe(train.images[rng.permutation(len(train.images))[:count]]) for _ in range(DRAWS)]
+    draws = [describe(images) for images in real_images(train, count, seed)]
     results: dict[str, Any] = {"images": count}
     sets = {"generated": (samples[:count], asked), "test": (test.images[:count], test.labels)}
     for name, (images, labels) in tqdm(sets.items(), "distances", unit="set"):
@@ -71,6 +70,12 @@ def judge(
         if found is not None and asked is not None:
             results[name]["classified_as_asked"] = float((found == labels[:count]).mean())
     return results
+
+
+def real_images(train: ImageData, count: int, seed: int) -> Iterator[UInt8[np.ndarray, "N H W C"]]:
+    """DRAWS sets of `count` training images."""
+    rng = np.random.default_rng(seed)
+    return (train.images[rng.permutation(len(train.images))[:count]] for _ in range(DRAWS))
 
 
 def compared(real: Float[np.ndarray, "N d"], features: Float[np.ndarray, "N d"]) -> dict[str, float]:
