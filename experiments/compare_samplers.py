@@ -1,6 +1,8 @@
 """Frechet distances against the number of network calls, and seconds, for every sampler, of a run of experiments/mnist.py.
 
 python experiments/compare_samplers.py --workdir runs/mnist --calls 5 10 20 50
+
+samplers.json and samplers.png are written in the run's folder, or in the current one for a network in a file.
 """
 
 import support.terminal  # isort: skip  # noqa: F401
@@ -10,7 +12,6 @@ import json
 import sys
 import time
 from functools import partial
-from typing import Literal
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from support.feature_spaces import feature_spaces
 from support.figures import save_curves
 from support.judging import comparable, real_images, to_bytes
 from support.machine import prepare_machine, random_key
-from support.saved_run import open_run, solver_table
+from support.saved_run import Source, open_run, solver_table
 from support.workdir import one_line_if_unwritable
 
 SAMPLERS = {
@@ -43,11 +44,7 @@ TIMED = 64  # samples
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    workdir: str = "runs/mnist"
-    """Folder of the run, where samplers.json and samplers.png are written, or a file of export.py (then the current folder)."""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
+class Config(Source):
     data_dir: str | None = None
     """TFDS data directory, by default TFDS's own; for a run on a folder or file, where that is now."""
     num_samples: int = 2000

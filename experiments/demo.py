@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -22,18 +22,14 @@ from support.command_line import check_values, one_line_errors, parse_command_li
 from support.live import PARTS, SHARES, WAYS, Frames, complete, draw_digits, go_between, make_walk
 from support.machine import prepare_machine
 from support.pictures import as_html, tile, to_pixels
-from support.saved_run import Sampler, SavedRun, open_run
+from support.saved_run import Sampler, SavedRun, Source, open_run
 
 CANVAS = 280
 PAUSE = 0.1  # seconds between pictures, since each costs the browser time
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    workdir: str | None = None
-    """Folder of the run, or a file of export.py. By default runs/mnist, or else the network that comes with the project."""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
+class Config(Source):
     host: str = "127.0.0.1"
     """Address to listen on. By default only this machine can open the page; 0.0.0.0 is for everyone who can reach it."""
     port: int = 7860

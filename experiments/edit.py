@@ -25,7 +25,7 @@ from support.command_line import check_output, check_values, one_line_errors, pa
 from support.data import to_model_input
 from support.machine import prepare_machine, random_key
 from support.pictures import save_rows
-from support.saved_run import Sampler, SavedRun, check_denoises, open_run, solver_table
+from support.saved_run import Sampler, SavedRun, Source, check_denoises, open_run, solver_table
 
 ROUNDS, WAYS = 4, 4
 SHARES = np.linspace(0, 1, 9)
@@ -37,13 +37,9 @@ SAMPLERS_FOR = {  # rounds of inpainting need the noise of the step; a way back 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Source):
     what: Literal["inpaint", "interpolate", "image-to-image"] = "inpaint"
     """Kind of edit."""
-    workdir: str | None = None
-    """Folder of the run, or a file of export.py. By default runs/mnist, or else the network that comes with the project."""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     data_dir: str | None = None
     """TFDS data directory, by default TFDS's own; for a run on a folder or file, where that is now."""
     num_images: int = 6

@@ -2,7 +2,8 @@
 
 python experiments/evaluate.py --workdir runs/mnist
 
-A conditional run draws the classes of random training images.
+A conditional run draws the classes of random training images. evaluation.json and bound.png are written in the run's folder, or
+in the current one for a network in a file.
 """
 
 import support.terminal  # isort: skip  # noqa: F401
@@ -11,7 +12,7 @@ import dataclasses
 import json
 import sys
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ from jaxtyping import Float, PyTree
 from tqdm import tqdm
 
 import diffusion_jax as dj
-from diffusion_jax.sampling import Spacing
 from support import model
 from support.command_line import check_values, one_line_errors, parse_command_line, require
 from support.data import ImageData, to_model_input
@@ -28,32 +28,18 @@ from support.feature_spaces import feature_spaces
 from support.figures import save_bound_figure
 from support.judging import as_table, comparable, judge, to_bytes
 from support.machine import prepare_machine, random_key
-from support.saved_run import Sampler, SavedRun, check_denoises, check_guidance, open_run, sampler_table
+from support.saved_run import Sampling, SavedRun, check_denoises, check_guidance, open_run, sampler_table
 from support.workdir import one_line_if_unwritable
 
 FLOW_STEPS, FLOW_BATCH, CONVERGED = (32, 64, 128, 256, 512), 50, 0.01  # bits per dimension
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    workdir: str = "runs/mnist"
-    """Folder of the run, where evaluation.json and bound.png are written, or a file of export.py (then the current folder)."""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
+class Config(Sampling):
     data_dir: str | None = None
     """TFDS data directory, by default TFDS's own; for a run on a folder or file, where that is now."""
     num_samples: int = 10_000
     """Number of generated, training and test images to compare (fewer if the data set has fewer)."""
-    sampling_timesteps: int | None = None
-    """See sample.py --help."""
-    sampler: Sampler | None = None
-    """See sample.py --help."""
-    spacing: Spacing | None = None
-    """See sample.py --help."""
-    eta: float = 0.0
-    """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance scale, for conditional runs."""
     bound_images: int = 20
     """Test images for each t of the variational bound (ten times as many at t <= 10); 0 skips it, as does a distilled run."""
     likelihood_images: int = 0

@@ -14,15 +14,13 @@ from support.command_line import check_output, check_values, one_line_errors, pa
 from support.exported import SUFFIX, write_model
 from support.machine import prepare_machine
 from support.model import DTYPES
-from support.saved_run import open_run
+from support.saved_run import Source, open_run
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    workdir: str = "runs/mnist"
+class Config(Source):
+    workdir: str | None = "runs/mnist"
     """Folder of the run."""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters in the file. float32 keeps every bit; bfloat16 takes half the space."""
     out: str = "mnist.safetensors"

@@ -8,38 +8,22 @@ import support.terminal  # isort: skip  # noqa: F401
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from diffusion_jax.sampling import Spacing
 from support import model
 from support.command_line import check_output, check_values, one_line_errors, parse_command_line, require
 from support.machine import prepare_machine, random_key
 from support.pictures import grid, save_picture
-from support.saved_run import Sampler, check_guidance, open_run, sampler_table
+from support.saved_run import Sampling, check_guidance, open_run, sampler_table
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    workdir: str | None = None
-    """Folder of the run, or a file of export.py. By default runs/mnist, or else the network that comes with the project."""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
+class Config(Sampling):
     num_samples: int | None = None
     """Number of samples; by default 64, or one for each label."""
     labels: tuple[int, ...] = ()
     """Classes to cycle through, for conditional runs; by default all."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance scale. 1 is no guidance; more gives clearer and less varied samples."""
-    sampling_timesteps: int | None = None
-    """Network calls for each sample; by default 20, or 4 for a distilled or mean_flow run, or T with --sampler ancestral."""
-    sampler: Sampler | None = None
-    """Solver; by default unipc, or ddim for a distilled or mean_flow run. dpm_solver is DPM-Solver++(2M)."""
-    spacing: Spacing | None = None
-    """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow; by default flow or time."""
-    eta: float = 0.0
-    """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
     seed: int = 0
     """Random seed."""
     out: str = "samples.png"

@@ -16,7 +16,7 @@ from support import model
 from support.command_line import check_values, require
 from support.data import to_model_input
 from support.machine import random_key
-from support.saved_run import Sampler, SavedRun, check_denoises, check_guidance, sampler_table, solver_table
+from support.saved_run import Sampler, Sampling, SavedRun, check_denoises, check_guidance, sampler_table, solver_table
 
 COUNT, WAYS = 20, 4
 STEPS, ROUNDS = 16, 4  # of a completion: 61 network calls
@@ -105,7 +105,7 @@ def go_between(run: SavedRun, walk: Callable, first: int, first_seed: int, last:
 
 
 def table_of(run: SavedRun, sampler: Sampler | None = None, calls: int | None = None) -> dj.SamplerTable:
-    return sampler_table(SimpleNamespace(sampler=sampler, sampling_timesteps=calls, spacing=None, eta=0.0), run)
+    return sampler_table(Sampling(sampler=sampler, sampling_timesteps=calls), run)
 
 
 def check_numbers(**values: float | None) -> None:

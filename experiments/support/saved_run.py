@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import diffusion_jax as dj
 from diffusion_jax.checkpoints import open_checkpoints, restore, restore_latest
+from diffusion_jax.sampling import Spacing
 from support import model
 from support.command_line import require
 from support.config import Config, check, check_calls
@@ -25,6 +26,32 @@ from support.workdir import read_config, with_added
 BATCH = 256
 DEFAULT_WORKDIR, TRAINED = "runs/mnist", Path(__file__).parents[1] / "mnist.safetensors"
 Sampler = Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis", "consistency"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Options of scripts that use a run."""
+
+    workdir: str | None = None
+    """Folder of the run, or a file of export.py. By default runs/mnist, or else the network that comes with the project."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """newest, or best: the one with the lowest mean training loss since the checkpoint before it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(Source):
+    """Options of scripts that sample by any solver."""
+
+    guidance_scale: float = 1.0
+    """Classifier-free guidance scale. 1 is no guidance; more gives clearer and less varied samples."""
+    sampling_timesteps: int | None = None
+    """Network calls for each sample; by default 20, or 4 for a distilled or mean_flow run, or T with --sampler ancestral."""
+    sampler: Sampler | None = None
+    """Solver; by default unipc, or ddim for a distilled or mean_flow run. dpm_solver is DPM-Solver++(2M)."""
+    spacing: Spacing | None = None
+    """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow; by default flow or time."""
+    eta: float = 0.0
+    """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
 
 
 class SavedRun(NamedTuple):
@@ -158,7 +185,7 @@ def solver_table(
     return tables[sampler](schedule, sampling_timesteps=dj.sampling_times(schedule, steps, spacing))
 
 
-def sampler_table(config: Any, run: SavedRun) -> dj.SamplerTable:
+def sampler_table(config: Sampling, run: SavedRun) -> dj.SamplerTable:
     """The table for the options sampler, spacing, eta and sampling_timesteps."""
     few_calls, sampler = run.config.few_calls, config.sampler or run.default_sampler
     jumps = sampler in ("ddim", "consistency")
