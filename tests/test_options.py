@@ -118,14 +118,18 @@ def test_a_distilled_run_learns_jumps_between_the_points_of_a_trajectory(monkeyp
     assert 0.4 < (s == 0).mean() < 0.65
 
 
-def test_the_gradient_of_a_distilled_run_is_weighted_by_each_examples_error(monkeypatch):
-    """All points are 0, and so are the targets: a prediction w has the error w^2."""
-    config = dataclasses.replace(CONFIG, loss_type="distilled", init="a run", num_timesteps=500)
+@pytest.mark.parametrize("target_type", ["pred_x_0", "pred_v"])
+def test_the_gradient_of_a_distilled_run_is_weighted_by_each_examples_error(monkeypatch, target_type):
+    """All points are 0, and so are the targets: the x_0_hat of a prediction w is w, or -noise w where w is v."""
+    config = dataclasses.replace(CONFIG, loss_type="distilled", init="a run", num_timesteps=500, target_type=target_type)
     monkeypatch.setattr(model, "two_times", lambda config, schedule, params, labels: lambda x_t, t, s: params + x_t)
-    loss = objective.make_distilled_loss(config, model.make_schedule(config))
+    schedule = model.make_schedule(config)
+    loss = objective.make_distilled_loss(config, schedule)
     batch = (jnp.zeros((1, 13, 8, 8, 1), jnp.float16), jnp.zeros(1, int)), jnp.array([0.5])
     value, gradient = jax.value_and_grad(lambda w: loss(w, batch, jax.random.split(jax.random.key(0), 1)).mean())(0.1)
-    np.testing.assert_allclose([value, gradient], [0.01, 0.2 / (0.01 + 1e-3)], rtol=1e-5)
+    start = objective.teacher_table(schedule).t[::-1][8]  # u = 0.5 is spread to 0.25: three of the twelve points below T
+    square = 1 if target_type == "pred_x_0" else float(schedule.at(np.array([start]))[1][0]) ** 2
+    np.testing.assert_allclose([value, gradient], [0.01 * square, 0.2 * square / (0.01 * square + 1e-3)], rtol=1e-5)
 
 
 def test_runs_are_judged_with_the_classes_of_random_images():

@@ -103,10 +103,10 @@ def make_distilled_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
         start = last - (mostly_zero(u) * last).astype(jnp.int32)
         stop = (mostly_zero(uniform(keys, 4)) * start).astype(jnp.int32)
         x_t, x_s = (paths[jnp.arange(len(paths)), row].astype(jnp.float32) for row in (start, stop))
-        x_0 = jump_target(schedule, x_t, times[start], x_s, times[stop])
-        target = dj.convert(schedule, x_0, x_t, times[start], "pred_x_0", config.target_type)
+        target = jump_target(schedule, x_t, times[start], x_s, times[stop])
         prediction = model.two_times(config, schedule, params, labels)(x_t, times[start], times[stop])
-        return adaptively_weighted((prediction - target) ** 2)
+        x_0_hat = dj.convert(schedule, prediction, x_t, times[start], config.target_type, "pred_x_0")
+        return adaptively_weighted((x_0_hat - target) ** 2)
 
     return loss_fn
 
