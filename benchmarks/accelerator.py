@@ -104,9 +104,9 @@ class Bench:
         )
 
     def data(self) -> list[str]:
-        """The options of mnist.py for the data."""
-        folder = self.options.data_dir
-        return ["--dataset", self.options.dataset, *(["--data-dir", folder] if folder else [])]
+        """The options of mnist.py for the data and the figure."""
+        options = ["--dataset", self.options.dataset, "--num-samples", str(min(20, self.options.drawn[0]))]
+        return [*options, *(["--data-dir", self.options.data_dir] if self.options.data_dir else [])]
 
     def run(self, *command: Any) -> float:
         """The seconds that a script takes."""
@@ -200,8 +200,8 @@ def deterministic(bench: Bench) -> None:
 def resumed(bench: Bench) -> None:
     """A small run that is killed and continued, against one that is not: the largest difference of its losses."""
     steps = min(400, 10 * bench.options.iterations)
-    small = ["--preset", "paper", "--embed-dim", 8, "--dim-scales", *bench.options.dim_scales, "--batch-size", 64]
-    small += ["--num-timesteps", 50, *bench.data()]
+    small = ["--preset", "paper", "--embed-dim", 8, "--dim-scales", *bench.options.dim_scales]
+    small += ["--num-timesteps", 50, "--batch-size", min(64, bench.options.batch_size), *bench.data()]
     small += ["--iterations", steps, "--checkpoint-every", steps // 4, "--sample-every", 0]
     whole, killed = bench.scratch / "whole", bench.scratch / "killed"
     bench.run("mnist.py", *small, "--workdir", whole)
