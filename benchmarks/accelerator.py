@@ -103,8 +103,8 @@ class Bench:
             command, env=os.environ | self.environment | (environment or {}), stdout=self.log, stderr=self.log
         )
 
-    def data(self) -> list[str]:
-        """The options of mnist.py for the data and the figure."""
+    def common(self) -> list[str]:
+        """The options of mnist.py for its data and figure, which is small in a rehearsal."""
         options = ["--dataset", self.options.dataset, "--num-samples", str(min(20, self.options.drawn[0]))]
         return [*options, *(["--data-dir", self.options.data_dir] if self.options.data_dir else [])]
 
@@ -164,7 +164,7 @@ def recipe(bench: Bench) -> None:
     """experiments/mnist.py --preset paper, from its start to its figure; the training step is compiled by then."""
     options, workdir = bench.options, bench.scratch / "recipe"
     size = ["--embed-dim", options.embed_dim, "--dim-scales", *options.dim_scales, "--batch-size", options.batch_size]
-    command = ["--preset", "paper", "--precision", "bfloat16", "--iterations", options.iterations, *size, *bench.data()]
+    command = ["--preset", "paper", "--precision", "bfloat16", "--iterations", options.iterations, *size, *bench.common()]
     seconds = bench.run("mnist.py", *command, "--workdir", workdir)
     loss = np.genfromtxt(workdir / "metrics.csv", delimiter=",", names=True)["loss"]
     bench.results["recipe"] = {"seconds": seconds, "loss of the last 100 steps": float(loss[-100:].mean())}
@@ -201,7 +201,7 @@ def resumed(bench: Bench) -> None:
     """A small run that is killed and continued, against one that is not: the largest difference of its losses."""
     steps = min(400, 10 * bench.options.iterations)
     small = ["--preset", "paper", "--embed-dim", 8, "--dim-scales", *bench.options.dim_scales]
-    small += ["--num-timesteps", 50, "--batch-size", min(64, bench.options.batch_size), *bench.data()]
+    small += ["--num-timesteps", 50, "--batch-size", min(64, bench.options.batch_size), *bench.common()]
     small += ["--iterations", steps, "--checkpoint-every", steps // 4, "--sample-every", 0]
     whole, killed = bench.scratch / "whole", bench.scratch / "killed"
     bench.run("mnist.py", *small, "--workdir", whole)

@@ -9,8 +9,8 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
@@ -25,22 +25,25 @@ class Options:
     runs: dict[str, Path]
     """A name for each run, and its samplers.json."""
     original: dict[Path, float]
-    """Files of experiments/judge.py, and the seconds that the samples took."""
+    """Files of experiments/judge.py, and the seconds that 64 such samples take."""
     out: str = "seconds.png"
+    """Output .png."""
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     runs = {name: json.loads(file.read_text()) for name, file in options.runs.items()}
+    judged = {seconds: json.loads(file.read_text()) for file, seconds in options.original.items()}
+    if len({of["images"] for of in (*runs.values(), *judged.values())}) != 1:
+        sys.exit("name one or more runs, and judged samples with as many images as they have")
     floors = next(iter(runs.values()))["test"]
-    curves: dict[str, dict[str, dict[float, float]]] = {space: {} for space in floors}
+    curves: dict[str, dict[str, dict[float, Any]]] = {space: {} for space in floors}
     for space in floors:
         for name, run in runs.items():
             for sampler in [sampler for sampler in SHOWN if sampler in run["seconds"]]:
                 distances, seconds = run["distances"][space][sampler], run["seconds"][sampler]
                 curves[space][f"{name}: {sampler}"] = {seconds[calls]: distances[calls] for calls in distances}
-        original = {s: json.loads(file.read_text())["generated"][space] for file, s in options.original.items()}
-        curves[space]["original"] = {s: float(np.mean(original[s]["frechet_distance"])) for s in sorted(original)}
+        curves[space]["original"] = {s: of["generated"][space]["frechet_distance"] for s, of in judged.items()}
     save_curves(Path(options.out), curves, floors, "seconds for 64 samples")
 
 

@@ -1,8 +1,9 @@
-"""Frechet distances against the number of network calls, and seconds, for every sampler, of a run of experiments/mnist.py.
+"""For every sampler, on a run of experiments/mnist.py: Frechet distances at several numbers of network calls, and seconds.
 
 python experiments/compare_samplers.py --workdir runs/mnist --calls 5 10 20 50
 
-samplers.json and samplers.png are written in the run's folder, or in the current one for a network in a file.
+Distances are means and deviations over three draws of training images. samplers.json and samplers.png are written in the run's
+folder, or in the current one for a network in a file.
 """
 
 import support.terminal  # isort: skip  # noqa: F401
@@ -22,7 +23,7 @@ from support.command_line import check_values, one_line_errors, parse_command_li
 from support.distances import frechet_distance
 from support.feature_spaces import feature_spaces
 from support.figures import save_curves
-from support.judging import comparable, real_images, to_bytes
+from support.judging import cell, comparable, real_images, to_bytes
 from support.machine import prepare_machine, random_key
 from support.saved_run import Source, open_run, solver_table
 from support.workdir import one_line_if_unwritable
@@ -48,11 +49,11 @@ class Config(Source):
     data_dir: str | None = None
     """TFDS data directory, by default TFDS's own; for a run on a folder or file, where that is now."""
     num_samples: int = 2000
-    """Number of generated images, and of training images to compare them with."""
+    """Number of generated, training and test images to compare (fewer if the data set has fewer)."""
     calls: tuple[int, ...] = (5, 10, 20, 50)
     """Numbers of network calls to measure each sampler at. Heun's method takes one or two fewer."""
     spacing: Spacing | None = None
-    """See sample.py --help."""
+    """Spacing of the steps, as in sample.py; by default flow for UniPC and for runs of few calls, otherwise time."""
     all_steps: bool = False
     """Also measure ancestral sampling (upper bound) with all T steps."""
     seed: int = 0
@@ -71,11 +72,13 @@ def main() -> None:
         require(not (few_calls and config.all_steps), "all_steps", True, "left out for a distilled or mean_flow run")
         for calls in config.calls:
             require(1 <= calls <= num_timesteps, "calls", calls, f"between 1 and the run's {num_timesteps} timesteps")
-        tables = {
-            (name, calls): make(run.schedule, calls=calls, spacing=config.spacing or run.default_spacing)
+        samplers = JUMPS if few_calls else SAMPLERS
+        made = [
+            (name, make(run.schedule, calls=calls, spacing=config.spacing or run.default_spacing))
             for calls in config.calls
-            for name, make in (JUMPS if few_calls else SAMPLERS).items()
-        }
+            for name, make in samplers.items()
+        ]
+        tables = {(name, len(table.t)): table for name, table in made}  # Heun's method has the same for 3 and 4
         if config.all_steps:
             tables["ancestral, upper bound", num_timesteps] = dj.ancestral_table(run.schedule)
         train, test = comparable(run.load("train", config.data_dir)), run.load("test", config.data_dir)
@@ -88,39 +91,47 @@ def main() -> None:
     params, key = state.ema_params, random_key(config.seed)
     labels, draw = model.random_labels(run.config, train, count, config.seed), model.make_sampler(run.config, run.schedule)
 
-    def compared(images: np.ndarray) -> dict[str, float]:
+    def compared(images: np.ndarray) -> dict[str, list[float]]:
         features = describe(images)[0]
-        return {space: float(np.mean([frechet_distance(x[space], features[space]) for x in real])) for space in features}
+        return {space: [frechet_distance(x[space], features[space]) for x in real] for space in features}
 
     def seconds(table: dj.SamplerTable) -> float:
+        """The median of at least three times, and of more if they are short."""
+        draw(params, table, key, np.resize(labels, TIMED))
         times = [time.perf_counter()]
-        for _ in range(3):
+        while len(times) <= 3 or times[-1] - times[0] < 1:
             draw(params, table, key, np.resize(labels, TIMED))
             times.append(time.perf_counter())
         return float(np.median(np.diff(times)))
 
     floors = compared(judged.images[:count])
-    curves: dict[str, dict[str, dict[int, float]]] = {space: {} for space in floors}
+    curves: dict[str, dict[str, dict[int, list[float]]]] = {space: {} for space in floors}
     durations: dict[str, dict[int, float]] = {}
-    print(f"{count} images, Frechet distances, and seconds for {TIMED} samples, once compiled\n")
+    print(f"{run.workdir}: {count} images, Frechet distances, and seconds for {TIMED} samples, once compiled\n")
     print(f"| sampler | calls | seconds | {' | '.join(floors)} |\n{'|---' * (3 + len(floors))}|")
     print(as_row("test images", "", "", floors))
-    for (name, _), table in tables.items():
-        calls, distances = len(table.t), compared(to_bytes(run.draw(params, table, key, labels), test))
+    for (name, calls), table in tables.items():
+        distances = compared(to_bytes(run.draw(params, table, key, labels), test))
         durations.setdefault(name, {})[calls] = seconds(table)
         for space, distance in distances.items():
             curves[space].setdefault(name, {})[calls] = distance
         print(as_row(name, calls, f"{durations[name][calls]:.2g}", distances), flush=True)
     with one_line_if_unwritable(run.results):
-        results = {"images": count, "seed": config.seed, "step": int(state.step), "spacing": config.spacing}
+        results = {
+            "workdir": run.workdir,
+            "step": int(state.step),
+            "images": count,
+            "seed": config.seed,
+            "spacing": config.spacing,
+        }
         results |= {"test": floors, "distances": curves, "seconds": durations}
         (run.results / "samplers.json").write_text(json.dumps(results, indent=2) + "\n")
         save_curves(run.results / "samplers.png", curves, floors, "network calls")
     print(f"wrote {run.results / 'samplers.json'} and samplers.png", file=sys.stderr)
 
 
-def as_row(name: str, calls: int | str, seconds: str, distances: dict[str, float]) -> str:
-    return f"| {name} | {calls} | {seconds} | {' | '.join(f'{distance:.3g}' for distance in distances.values())} |"
+def as_row(name: str, calls: int | str, seconds: str, distances: dict[str, list[float]]) -> str:
+    return f"| {name} | {calls} | {seconds} | {' | '.join(map(cell, distances.values()))} |"
 
 
 if __name__ == "__main__":

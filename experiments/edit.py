@@ -47,9 +47,9 @@ class Config(Source):
     sampling_timesteps: int | None = None
     """Network calls from noise to image; by default min(100, T)."""
     sampler: Sampler | None = None
-    """See sample.py --help. By default ddim to interpolate, ancestral otherwise."""
+    """Solver; by default ddim to interpolate, otherwise ancestral."""
     spacing: Spacing | None = None
-    """See sample.py --help."""
+    """Spacing of the steps, as in sample.py; by default flow for unipc, otherwise time."""
     seed: int = 0
     """Random seed."""
     out: str | None = None

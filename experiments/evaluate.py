@@ -67,7 +67,8 @@ def main() -> None:
     labels = model.random_labels(run.config, train, count, config.seed)
     samples = run.draw(state.ema_params, table, random_key(config.seed), labels, config.guidance_scale)
     results = {
-        "step": int(state.step), "calls": len(table.t), "sampler": config.sampler or run.default_sampler, "eta": config.eta,
+        "workdir": run.workdir, "step": int(state.step), "calls": len(table.t),
+        "sampler": config.sampler or run.default_sampler, "eta": config.eta,
         "seed": config.seed, "guidance_scale": config.guidance_scale, "classifier_accuracy": accuracy,
         **judge(to_bytes(samples, test), train, judged, describe, config.seed, labels if run.config.conditional else None),
     }  # fmt: skip

@@ -19,7 +19,7 @@ from support.saved_run import Source, open_run
 
 @dataclasses.dataclass(frozen=True)
 class Config(Source):
-    workdir: str | None = "runs/mnist"
+    workdir: str = "runs/mnist"
     """Folder of the run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters in the file. float32 keeps every bit; bfloat16 takes half the space."""

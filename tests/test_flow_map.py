@@ -190,9 +190,9 @@ def test_the_target_of_a_jump_is_written_out():
 def test_one_call_of_a_small_network_draws_two_gaussians_in_the_plane():
     """1/2 N((-5, 0), I) + 1/2 N((5, 0), I), in units of its deviations, after half a minute of MeanFlow without weights.
 
-    With 20,000 samples the Kolmogorov distance is known to .014 (1 percent), so the test fails for a law that is .165 away in
-    its first coordinate: a normal one with the same variance is .21 away, and weights of 1/3 and 2/3 are .167 away. Four
-    seeds gave .03 to .085.
+    20,000 samples have a Kolmogorov distance from their own law of more than .0115 once in a hundred times. So the test fails
+    for a law that is .132 away in its first coordinate: a normal one with the same variance is .22 away, and weights of 1/3
+    and 2/3 are .167 away. Four seeds gave .03 to .085.
     """
     deviations, batch, steps = jnp.array([[26**0.5, 1]], jnp.float32), 256, 6000
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
@@ -231,6 +231,6 @@ def test_one_call_of_a_small_network_draws_two_gaussians_in_the_plane():
     table = dj.ddim_table(FLOW, 0.0, 1)
     denoise = dj.make_denoiser(FLOW, dj.jumping(partial(network, trained(params)), table), "pred_u")
     across, down = np.asarray(dj.sample(denoise, table, jax.random.split(jax.random.key(1), 20_000), (2,)) * deviations).T
-    assert stats.kstest(across, lambda x: (stats.norm.cdf(x + 5) + stats.norm.cdf(x - 5)) / 2).statistic < 0.15
+    assert stats.kstest(across, lambda x: (stats.norm.cdf(x + 5) + stats.norm.cdf(x - 5)) / 2).statistic < 0.12
     assert stats.kstest(down, stats.norm.cdf).statistic < 0.05
-    assert abs(np.corrcoef(abs(across), down)[0, 1]) < 0.1
+    assert np.abs(np.corrcoef([across, abs(across), down, abs(down)])[:2, 2:]).max() < 0.1

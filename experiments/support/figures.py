@@ -132,14 +132,15 @@ def save_bound_figure(file: Path, bits: np.ndarray) -> None:
     _save(figure, file)
 
 
-def save_curves(file: Path, curves: dict[str, dict[str, dict[Any, float]]], floors: dict[str, float], xlabel: str) -> None:
-    """Distance against `xlabel`: a panel for each feature space, a line for each sampler."""
+def save_curves(file: Path, curves: dict[str, dict[str, dict[Any, Any]]], floors: dict[str, Any], xlabel: str) -> None:
+    """Distance (the mean of several) against `xlabel`: a panel for each feature space, a line for each sampler."""
     rows = -(-len(floors) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(9.5, 3.25 * rows), squeeze=False)
     for axis, (space, floor) in zip(axes.flat, floors.items(), strict=True):
         for name, curve in curves[space].items():
-            axis.plot(list(curve), list(curve.values()), "o-", markersize=3, linewidth=1, label=name)
-        axis.axhline(floor, color="gray", linestyle=":", label="test images")
+            x = sorted(curve)
+            axis.plot(x, [np.mean(curve[at]) for at in x], "o-", markersize=3, linewidth=1, label=name)
+        axis.axhline(float(np.mean(floor)), color="gray", linestyle=":", label="test images")
         axis.set(xscale="log", yscale="log", title=space, xlabel=xlabel, ylabel="Frechet distance")
         axis.title.set_fontsize(10)
         for numbers in (axis.xaxis, axis.yaxis):

@@ -92,8 +92,8 @@ def make_mean_flow_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
 def make_distilled_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
     """loss_fn(params, ((paths, labels), u), keys) -> the loss of each example, for two points of each of the `trajectories`.
 
-    The loss is the squared error, and the gradient of each example is weighted as in MeanFlow. For at least a third of the
-    examples the first point is the noise, and for at least a third the second is the sample.
+    The loss is the squared error of x_0_hat for any target, and the gradient of each example is weighted as in MeanFlow. For at
+    least a third of the examples the first point is the noise, and for at least a third the second is the sample.
     """
     times = jnp.asarray(np.append(0.0, teacher_table(schedule).t[::-1]), jnp.float32)
     last = len(times) - 1

@@ -43,13 +43,13 @@ class Sampling(Source):
     """Options of scripts that sample by any solver."""
 
     guidance_scale: float = 1.0
-    """Classifier-free guidance scale. 1 is no guidance; more gives clearer and less varied samples."""
+    """Classifier-free guidance scale. 1 is no guidance; more gives clearer and less varied samples, for conditional runs."""
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default 20, or 4 for a distilled or mean_flow run, or T with --sampler ancestral."""
     sampler: Sampler | None = None
     """Solver; by default unipc, or ddim for a distilled or mean_flow run. dpm_solver is DPM-Solver++(2M)."""
     spacing: Spacing | None = None
-    """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow; by default flow or time."""
+    """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow, the default of unipc and few calls."""
     eta: float = 0.0
     """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
 
