@@ -49,7 +49,7 @@ class Sampling(Source):
     sampler: Sampler | None = None
     """Solver; by default unipc, or ddim for a distilled or mean_flow run. dpm_solver is DPM-Solver++(2M)."""
     spacing: Spacing | None = None
-    """Spacing of the steps: even in t or log-SNR, by Karras et al. (2022), or as in flow, the default of unipc and few calls."""
+    """Spacing of steps: even in t or log-SNR, by Karras et al. (2022), or as in flow, the default of unipc and few calls."""
     eta: float = 0.0
     """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
 
