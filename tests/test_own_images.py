@@ -165,7 +165,7 @@ def test_images_without_classes_are_judged_without_the_classifier(mapped, tmp_pa
     assert generated["nearest_training_image_median"] > 3 * real["nearest_training_image_median"]
     assert results["bits_per_dim"] > 1
     said = run("compare_samplers.py", "--workdir", workdir, "--num-samples", "100", "--calls", "2")
-    assert "| sampler | calls | pixels | random network |" in said
+    assert "| sampler | calls | seconds | pixels | random network |" in said
     assert Image.open(workdir / "samplers.png").size[0] > 500
 
 
