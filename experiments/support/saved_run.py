@@ -43,7 +43,7 @@ class Sampling(Source):
     """Options of scripts that sample by any solver."""
 
     guidance_scale: float = 1.0
-    """Classifier-free guidance scale. 1 is no guidance; more gives clearer and less varied samples, for conditional runs."""
+    """Classifier-free guidance scale, for conditional runs. 1 is no guidance; more gives clearer, less varied samples."""
     sampling_timesteps: int | None = None
     """Network calls for each sample; by default 20, or 4 for a distilled or mean_flow run, or T with --sampler ancestral."""
     sampler: Sampler | None = None
