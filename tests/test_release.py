@@ -1,6 +1,7 @@
 """The two archives of a release, and the library in an environment with only its own dependencies."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -31,8 +32,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("archives")
-    subprocess.run([sys.executable, "-m", "build", "--outdir", out, ROOT], check=True, capture_output=True)
+    """The archives, built from a copy: pytest's workers may build at the same time, and setuptools writes beside the sources."""
+    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("archives")
+    shutil.copytree(ROOT / "diffusion_jax", copy / "diffusion_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy]
+    built = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert built.returncode == 0, built.stdout
     return out
 
 
