@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory) -> Path:
-    """The archives, built from a copy: pytest's workers may build at the same time, and setuptools writes beside the sources."""
+    """Built from a copy: pytest's workers may build at the same time, and setuptools writes beside the sources."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("archives")
     shutil.copytree(ROOT / "diffusion_jax", copy / "diffusion_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("LICENSE", "README.md", "pyproject.toml"):
