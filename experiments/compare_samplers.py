@@ -49,9 +49,9 @@ class Config(Source):
     data_dir: str | None = None
     """TFDS data directory, by default TFDS's own; for a run on a folder or file, where that is now."""
     num_samples: int = 2000
-    """Number of generated, training and test images to compare (fewer if the data set has fewer)."""
+    """Number of generated, training and test images to compare, at least 100 (fewer if the data set has fewer)."""
     calls: tuple[int, ...] = (5, 10, 20, 50)
-    """Numbers of network calls to measure each sampler at. Heun's method takes one or two fewer."""
+    """Numbers of network calls to measure each sampler at. Heun's method takes up to two fewer."""
     spacing: Spacing | None = None
     """Spacing of the steps, as in sample.py; by default flow for UniPC and for runs of few calls, otherwise time."""
     all_steps: bool = False
@@ -73,12 +73,11 @@ def main() -> None:
         for calls in config.calls:
             require(1 <= calls <= num_timesteps, "calls", calls, f"between 1 and the run's {num_timesteps} timesteps")
         samplers = JUMPS if few_calls else SAMPLERS
-        made = [
-            (name, make(run.schedule, calls=calls, spacing=config.spacing or run.default_spacing))
-            for calls in config.calls
-            for name, make in samplers.items()
-        ]
-        tables = {(name, len(table.t)): table for name, table in made}  # Heun's method has the same for 3 and 4
+        tables = {}
+        for calls in config.calls:
+            for name, make in samplers.items():
+                table = make(run.schedule, calls=calls, spacing=config.spacing or run.default_spacing)
+                tables[name, len(table.t)] = table  # Heun's method has the same for 3 and 4
         if config.all_steps:
             tables["ancestral, upper bound", num_timesteps] = dj.ancestral_table(run.schedule)
         train, test = comparable(run.load("train", config.data_dir)), run.load("test", config.data_dir)
@@ -123,8 +122,10 @@ def main() -> None:
             "images": count,
             "seed": config.seed,
             "spacing": config.spacing,
+            "test": floors,
+            "distances": curves,
+            "seconds": durations,
         }
-        results |= {"test": floors, "distances": curves, "seconds": durations}
         (run.results / "samplers.json").write_text(json.dumps(results, indent=2) + "\n")
         save_curves(run.results / "samplers.png", curves, floors, "network calls")
     print(f"wrote {run.results / 'samplers.json'} and samplers.png", file=sys.stderr)

@@ -79,14 +79,10 @@ def is_free(host: str, port: int) -> bool:
 def compile_steps(run: SavedRun, walk: Callable) -> None:
     """Compile the program of each kind of picture, so that no click has to wait for it."""
     sampler, ink = run.default_sampler, np.zeros((CANVAS, CANVAS), np.uint8)
-    guided = run.config.conditional and run.config.loss_type != "distilled"
-    scales = (1.0, 2.0) if guided else (1.0,)
+    scales = (1.0, 2.0) if run.config.conditional and not run.config.distilled else (1.0,)
     kinds = [draw_digits(run, walk, [], sampler, 1, scale, 0) for scale in scales]
-    kinds += (
-        []
-        if run.config.loss_type == "distilled"
-        else [complete(run, walk, ink, PARTS[0], 0), go_between(run, walk, 0, 0, 1, 1)]
-    )
+    if not run.config.distilled:
+        kinds += [complete(run, walk, ink, PARTS[0], 0), go_between(run, walk, 0, 0, 1, 1)]
     for frames in tqdm(kinds, "compiling"):
         next(frames)
 
@@ -96,7 +92,7 @@ def make_page(gr: Any, run: SavedRun, walk: Callable) -> Any:
         gr.Markdown(f"# Digits from noise\nNetwork: `{os.path.relpath(run.workdir)}`")
         with gr.Tab("Digits"):
             digits_tab(gr, run, walk)
-        if run.config.loss_type != "distilled":
+        if not run.config.distilled:
             with gr.Tab("Complete"):
                 completion_tab(gr, run, walk)
             with gr.Tab("Between"):
@@ -113,7 +109,7 @@ def digits_tab(gr: Any, run: SavedRun, walk: Callable) -> None:
             labels = gr.CheckboxGroup(classes, label="Classes (none: all in turn)", visible=conditional)
             sampler = gr.Dropdown(samplers, value=run.default_sampler, label="Sampler")
             steps = gr.Number(calls, precision=0, label="Sampling timesteps (network calls)")
-            guidance = gr.Number(1.0, label="Guidance scale", visible=conditional and run.config.loss_type != "distilled")
+            guidance = gr.Number(1.0, label="Guidance scale", visible=conditional and not run.config.distilled)
             seed = gr.Number(0, precision=0, label="Seed")
             button = gr.Button("Draw", variant="primary")
         with gr.Column(scale=2):

@@ -30,7 +30,7 @@ from support.saved_run import Sampler, SavedRun, Source, check_denoises, open_ru
 ROUNDS, WAYS = 4, 4
 SHARES = np.linspace(0, 1, 9)
 NOISE = (0.2, 0.4, 0.6, 0.8)
-SAMPLERS_FOR = {  # rounds of inpainting need the noise of the step; a way back to the noise, that there is none
+SAMPLERS_FOR = {  # inpainting resamples, so no multistep table; interpolation encodes, so no noise
     "inpaint": ("ancestral", "ddim"),
     "interpolate": ("ddim", "dpm_solver", "dpm_solver_3m", "heun", "unipc", "deis"),
 }
@@ -45,7 +45,7 @@ class Config(Source):
     num_images: int = 6
     """Number of test images to edit."""
     sampling_timesteps: int | None = None
-    """Network calls from noise to image; by default min(100, T)."""
+    """Sampling steps; by default min(100, T). inpaint takes all but the last four times."""
     sampler: Sampler | None = None
     """Solver; by default ddim to interpolate, otherwise ancestral."""
     spacing: Spacing | None = None

@@ -1,4 +1,4 @@
-"""Judge the samples of a run of experiments/mnist.py, beside real images that it has not seen.
+"""Compare the samples of a run of experiments/mnist.py, and test images, with training images in several feature spaces.
 
 python experiments/evaluate.py --workdir runs/mnist
 
@@ -39,9 +39,9 @@ class Config(Sampling):
     data_dir: str | None = None
     """TFDS data directory, by default TFDS's own; for a run on a folder or file, where that is now."""
     num_samples: int = 10_000
-    """Number of generated, training and test images to compare (fewer if the data set has fewer)."""
+    """Number of generated, training and test images to compare, at least 100 (fewer if the data set has fewer)."""
     bound_images: int = 20
-    """Test images for each t of the variational bound (ten times as many at t <= 10); 0 skips it, as does a distilled run."""
+    """Test images, 2 or more, for each t of the variational bound (ten times as many at t <= 10); 0 skips it."""
     likelihood_images: int = 0
     """Test images for the likelihood by the probability flow; 0 skips it."""
     seed: int = 0
@@ -56,7 +56,8 @@ def main() -> None:
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         run = open_run(config.workdir)
         check_guidance(run, config.guidance_scale)
-        check_denoises(run) if config.likelihood_images else None
+        if config.likelihood_images:
+            check_denoises(run)
         table = sampler_table(config, run)
         train, test = comparable(run.load("train", config.data_dir)), run.load("test", config.data_dir)
         state = run.restore(config.checkpoint)
@@ -73,7 +74,7 @@ def main() -> None:
         **judge(to_bytes(samples, test), train, judged, describe, config.seed, labels if run.config.conditional else None),
     }  # fmt: skip
     bits = None
-    if config.bound_images and run.config.loss_type != "distilled":
+    if config.bound_images and not run.config.distilled:
         bits, results["bits_per_dim_error"] = bound(config, run, state.ema_params, test)
         results["bits_per_dim"] = float(bits.sum())
     with one_line_if_unwritable(run.results):
@@ -91,9 +92,9 @@ def main() -> None:
 def bound(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> tuple[Float[np.ndarray, " T+1"], float]:
     """The terms L_0, ..., L_T of the variational bound and the standard error of their sum, in bits per dimension.
 
-    The padding is no dimension. Each term is estimated on test images drawn for it; conditional runs are given the class.
+    Padding is not counted. Each term is estimated on test images drawn for it; conditional runs are given the class.
     """
-    options, schedule = run.config, run.schedule
+    options, schedule = run.config, run.schedule  # the bound of "zero" is infinite
     sigma_type = "lower_bound" if options.sigma_type == "zero" else options.sigma_type
     key = random_key(config.seed)
 
@@ -113,10 +114,10 @@ def bound(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> tup
 
 
 def exact_likelihood(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> dict[str, Any]:
-    """Bits per dimension (without padding) by the probability flow; the number of steps doubles until two results agree.
+    """Bits per dimension (without padding) by the probability flow, given the class in a conditional run.
 
-    Without two that agree to within CONVERGED, flow_bits_per_dim is None and a line says so. Given the class in a conditional
-    run.
+    Doubles the number of steps until two results agree to within CONVERGED. Otherwise flow_bits_per_dim is None, with a message
+    on stderr.
     """
     images, labels = data.images[: config.likelihood_images], data.labels[: config.likelihood_images]
     keys = dj.example_keys(random_key(config.seed), jnp.arange(len(images)))

@@ -1,4 +1,4 @@
-"""Judge images, whoever drew them, beside real images of the test split.
+"""Compare images in a file, and test images, with training images in several feature spaces.
 
 python experiments/judge.py --samples samples.npy
 """
@@ -25,7 +25,7 @@ from support.machine import prepare_machine
 @dataclasses.dataclass(frozen=True)
 class Config:
     samples: str
-    """A .npy of float32 [N, S, S, C] in [-1, 1], such as sample.py writes. Results go to x.judged.json beside x.npy."""
+    """A .npy of at least 100 float images [N, S, S, C] in [-1, 1], as sample.py writes. Writes x.judged.json beside x.npy."""
     dataset: str = "auto"
     """Data set to compare with: a name, a folder or a file, as for mnist.py."""
     data_dir: str | None = None

@@ -295,7 +295,7 @@ def test_images_of_different_sizes_are_cropped_and_scaled_to_the_size_that_is_as
     name = made(
         tmp_path, {"train": [{"image": as_png(image)} for image in images]}, image=tfds.features.Image(shape=(None, None, 3))
     )
-    with pytest.raises(ValueError, match=r"^--image-size must be given, since the images of made differ in size, got 0$"):
+    with pytest.raises(ValueError, match=r"^--image-size must be given: the images of made are not of one square size, got 0$"):
         data.load_dataset(name, tmp_path)
     for channels in (1, 3, 1):
         loaded = data.load_dataset(name, tmp_path, image_size=6, channels=channels)

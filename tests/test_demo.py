@@ -143,6 +143,12 @@ def test_what_a_run_cannot_do_is_named(pages):
         live.draw_digits(run, walk, **GOOD)
 
 
+def test_a_run_on_other_images_is_refused():
+    config = dataclasses.replace(TINY_RUN, image_size=64)
+    with pytest.raises(ValueError, match=r"^--workdir must be a run on grey images of 32x32, got runs/x$"):
+        live.make_walk(SavedRun("runs/x", config, model.make_schedule(config)), {})
+
+
 @pytest.mark.parametrize("drawing", [None, np.full((280, 280), 255, np.uint8), DRAWING[:, ::-1]])
 def test_a_drawing_without_ink_in_what_is_given_is_refused(pages, drawing):
     run, _, walk = pages("conditional")

@@ -336,5 +336,5 @@ def test_what_one_process_is_refused_stops_them_all(trained, tmp_path):
     first, second = (finish(process, None, timeout=60) for process in start_two(*LONG, "--workdir", trained))
     assert "error: " in first
     assert "holds a run with --iterations 8, and this command has 400" in first
-    assert "error: another process of this run has stopped, and says why" in second
+    assert "error: another process of this run failed; see its error" in second
     assert "another task died" not in first + second

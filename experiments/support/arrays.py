@@ -43,7 +43,7 @@ def read_arrays(file: Path) -> tuple[UInt8[np.ndarray, "N S S C"], Int[np.ndarra
     if not right or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
         raise ValueError(f"--dataset must be {WANTED}; {file} has {', '.join(map(described, found.items())) or 'nothing'}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise ValueError(f"--dataset must have labels that are whole numbers from 0, one for each image; {file} has other ones")
+        raise ValueError(f"--dataset must have labels that are whole numbers from 0, one for each image; {file} has others")
     return images, labels
 
 
@@ -53,7 +53,7 @@ def described(item: tuple[str, np.ndarray]) -> str:
 
 
 def checksum(images: np.ndarray, labels: np.ndarray) -> int:
-    """A number that other images, labels, shapes or types would change."""
+    """The CRC-32 of the images, labels, shapes and dtypes."""
     shapes = repr((images.shape, images.dtype, labels.shape, labels.dtype))
     total = zlib.crc32(shapes.encode())
     for first in range(0, len(images), 1000):  # they may not fit into memory

@@ -27,7 +27,7 @@ def make_step(
 ) -> Callable[[dj.TrainState, int], tuple[dj.TrainState, dict[str, Array]]]:
     """step(state, number) -> (state, metrics), on all devices. A batch is rows of the `placed` arrays, shuffled by `seed`.
 
-    Of arrays in a file, the host reads the rows of each batch, and these are all the data that the step is given.
+    If arrays are in a file, the host reads the rows of each batch, and passes only these.
     """
     step = training_step(loss_fn, key, batch_size, ema_decay)
     compiled = dj.over_devices(step, (None, None, 0, 0), None, jax.devices(), donate_argnums=(0,))
@@ -45,8 +45,8 @@ def make_step(
 def training_step(loss_fn: Callable, key: Key[Array, ""], batch_size: int, ema_decay: float) -> Callable:
     """step(state, data, indices, examples, mean_over_devices) -> (state, metrics).
 
-    `loss_fn(params, (rows, u), keys)` gets the rows of `data` at `indices`, for each a key, and numbers u in [0, 1) that are
-    spread evenly over the batch.
+    `loss_fn(params, (rows, u), keys)` gets the rows of `data` at `indices`, a key for each row, and numbers u in [0, 1), evenly
+    spaced over the batch.
     """
 
     def step(state, data, indices, examples, mean_over_devices):

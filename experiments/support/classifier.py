@@ -23,7 +23,7 @@ from support.data import ImageData
 from support.machine import random_key
 
 EPOCHS, BATCH, FEATURES = 4, 100, 64
-RECIPE = 0x46966534  # of the network and its training; another number where they change, so that kept networks are not used
+RECIPE = 0x46966534  # change it with the network or its training, to invalidate cached classifiers
 
 
 class Outputs(NamedTuple):
@@ -103,7 +103,7 @@ def _load(file: Path) -> dict | None:
 
 
 def _train(data: ImageData) -> dict:
-    """Adam, and a shift of up to two pixels for each image."""
+    """Train with Adam, each image shifted by up to two pixels."""
     steps = EPOCHS * max(len(data.images), 15_000) // BATCH
     optimizer = optax.adam(optax.cosine_onecycle_schedule(steps, 3e-3))
     params = _initial_params(data.images.shape[1:], data.num_classes)

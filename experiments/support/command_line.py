@@ -1,4 +1,4 @@
-"""The edge between a person and a script: flags from a dataclass, and one line on stderr for whatever is wrong."""
+"""Parse flags into a dataclass, and report errors of the user in one line on stderr."""
 
 import contextlib
 import dataclasses

@@ -18,13 +18,13 @@ from support.data import ImageData
 from support.machine import warn_of_emulated
 
 Value = TypeVar("Value")
-Found = tyro.conf.Suppress[tyro.conf.Fixed[Value]]  # by the program, and not an option
+Found = tyro.conf.Suppress[tyro.conf.Fixed[Value]]  # set by the program, not an option
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     preset: Literal["auto", "paper", "improved", "small"] = "paper"
-    """small: for a CPU. paper: published recipe. improved: its network, trained as small. auto: small on a CPU, else paper."""
+    """small: for a CPU. paper: published recipe. improved: paper's network, small's method. auto: small on CPUs, else paper."""
     workdir: str = "runs/mnist"
     """Folder of the run. Repeat the command to continue it."""
     seed: int = 0
@@ -46,7 +46,7 @@ class Data:
     conditional: bool = False
     """Train a class-conditional network; with the presets small and improved by default, if the images have classes."""
     label_dropout: float = 0.1
-    """Fraction of images without a label in conditional training, for guidance."""
+    """Probability of dropping a label in conditional training, for guidance."""
     num_classes: Found[int] = 10
     """Classes of the data; 0 for images without labels."""
     images: Found[int | None] = None
@@ -60,7 +60,7 @@ class Network:
     embed_dim: int = 128
     """Channels of the first and last layers of a unet, or of all layers of a dit."""
     dim_scales: tuple[int, ...] = (1, 2, 4, 8)
-    """unet: channels after each level, as multiples of embed_dim. Each level halves the resolution."""
+    """unet: channels after each level, as multiples of embed_dim. Each level but the last halves the resolution."""
     depth: int = 6
     """dit: number of blocks."""
     patch_size: Literal[1, 2, 4, 8] = 1
@@ -82,7 +82,7 @@ class Diffusion:
     time_density: TimeDensity = "uniform"
     """Distribution of t with l2, l1 and mean_flow losses; other losses have their own."""
     stratified: bool = False
-    """Stratify t over each batch."""
+    """Stratify t over each batch, with l2, l1 and mean_flow losses."""
     sigma_type: SigmaType = "upper_bound"
     """Variance of ancestral sampling. learned needs a hybrid or bound loss and a target other than pred_x_0."""
     loss_type: Literal["l2", "l1", "hybrid", "bound", "distilled", "mean_flow"] = "l2"
@@ -90,7 +90,7 @@ class Diffusion:
     training_guidance: float = 1.0
     """Guidance scale that distilled and mean_flow losses teach, for conditional runs."""
     loss_weighting: Literal["none", "min_snr"] = "none"
-    """Weights of the timesteps: none, or min_snr (Hang et al. 2023). Not used by the bound loss."""
+    """Weights of the timesteps: none, or min_snr (Hang et al. 2023), for l2, l1 and hybrid losses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,10 @@ class Config(Output, Training, Diffusion, Network, Data, Run):
     def few_calls(self) -> bool:
         """Whether the network takes two times and samples with few calls."""
         return self.loss_type in ("distilled", "mean_flow")
+
+    @property
+    def distilled(self) -> bool:
+        return self.loss_type == "distilled"
 
 
 MAY_DIFFER = {"workdir", "data_dir", "checkpoint_every", "sample_every", "sampling_timesteps", "num_samples", "distributed"}
@@ -224,9 +228,9 @@ def check(config: Config) -> None:
         same |= {"noise_schedule_type": "flow", "target_type": "pred_u"} if config.loss_type == "mean_flow" else {}
         for name, value in same.items():
             require(getattr(config, name) == value, name, getattr(config, name), f"{value} with --loss-type {config.loss_type}")
-    if config.loss_type == "distilled":
+    if config.distilled:
         require(bool(config.init), "init", config.init, "the run to learn from, with --loss-type distilled")
         require(config.target_type != "pred_eps", "target_type", "pred_eps", "another one with --loss-type distilled")
     guided, allowed = config.training_guidance != 1, config.conditional and config.few_calls
-    wanted = "1 without --conditional and a --loss-type for few calls"
+    wanted = "1 except with --conditional and a --loss-type for few calls"
     require(allowed or not guided, "training_guidance", config.training_guidance, wanted)

@@ -12,8 +12,7 @@ from tensorboardX.record_writer import RecordWriter
 
 
 def open_events(workdir: Path, start: int) -> Callable[[int, dict[str, float], dict[str, np.ndarray]], None]:
-    """add(step, numbers, pictures), the pictures being bytes [H, W] or [H, W, 3]; steps past `start` that are there no longer
-    count."""
+    """add(step, numbers, pictures), with pictures as bytes [H, W] or [H, W, 3]. TensorBoard drops old records past `start`."""
     folder = workdir / "tensorboard"
     folder.mkdir(exist_ok=True)
     writer = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))

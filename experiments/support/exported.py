@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import DTypeLike, PyTree
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save
+from safetensors.flax import load_file, save
 
 SUFFIX = ".safetensors"
 NEEDED = "a trained network must be in a file of experiments/export.py"
@@ -41,14 +41,12 @@ def read_options(file: Path) -> dict[str, Any]:
 
 def read_params(file: Path, like: PyTree) -> tuple[PyTree, int]:
     """The parameters in the dtypes of `like`, and their step. Raises ValueError unless names and shapes are those of `like`."""
-    with safe_open(file, "flax") as tensors:
-        found = {name: np.asarray(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118  it is no dict
+    found = {name: np.asarray(x) for name, x in load_file(file).items()}
     wanted = {name: np.asarray(x) for name, x in flatten_dict(like, sep="/").items()}
-    shapes = [{name: x.shape for name, x in arrays.items()} for arrays in (found, wanted)]
-    for name, shape in {**shapes[1], **shapes[0]}.items():
-        if not shapes[0].get(name) == shape == shapes[1].get(name):
-            theirs, wanted_shape = (by_name.get(name, "no such parameter") for by_name in shapes)
-            raise ValueError(f"{file} has {name} {theirs}, and the options of the run say {wanted_shape}")
+    for name in {**wanted, **found}:
+        theirs, expected = (arrays[name].shape if name in arrays else "no such parameter" for arrays in (found, wanted))
+        if theirs != expected:
+            raise ValueError(f"{file} has {name} {theirs}, and the options of the run say {expected}")
     params = {name: x.astype(wanted[name].dtype) for name, x in found.items()}
     return unflatten_dict(params, sep="/"), int(_metadata(file)["step"])
 

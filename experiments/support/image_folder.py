@@ -74,7 +74,7 @@ def read_images(folder: Path, size: int, channels: int) -> tuple[UInt8[np.ndarra
 def classes_of(folder: Path, files: list[Path]) -> tuple[Int[np.ndarray, " N"], int]:
     """The class of each file, and their number: one for each folder in `folder`, in the order of their names.
 
-    There are none (0) unless there are two of these folders and all files are in one of them or below.
+    There are none (0) unless all files are in these folders or below, and there are at least two of them.
     """
     places = [file.relative_to(folder).parts for file in files]
     names = sorted({place[0] for place in places})
@@ -84,7 +84,7 @@ def classes_of(folder: Path, files: list[Path]) -> tuple[Int[np.ndarray, " N"], 
 
 
 def as_square(file: ImageFile.ImageFile, size: int, channels: int) -> UInt8[np.ndarray, "size size channels"]:
-    """Upright, on white where it is transparent, and 16 bits of grey as 8."""
+    """Rotate the image upright, composite it on white, reduce 16-bit grey to 8 bits, and fit it."""
     scale = SCALED_TO_8_BITS.get(file.tile[0].args) if file.format == "PNG" else None
     file.load()
     turn, clear = orientation(file), file.info.get("transparency")
@@ -109,7 +109,7 @@ def fitted(image: Image.Image, size: int, channels: int) -> UInt8[np.ndarray, "s
 
 
 def orientation(image: Image.Image) -> object:
-    """As the EXIF data has it; None where it has none or is damaged, which picture viewers take for upright."""
+    """The EXIF orientation, or None if it is absent or damaged. Viewers then show the image as it is stored."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow has many kinds

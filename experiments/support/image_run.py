@@ -92,13 +92,12 @@ def with_init(config: Config, state: dj.TrainState) -> tuple[Config, dj.TrainSta
     The first process reads the network, if there is no checkpoint yet or the run is distilled. The config of a distilled run
     gets the network's checksum.
     """
-    distilled = config.loss_type == "distilled"
     with failing_together():
         unsaved = not any((Path(config.workdir) / "checkpoints").glob("[0-9]*"))
-        if config.init and is_first_process() and (distilled or unsaved):
+        if config.init and is_first_process() and (config.distilled or unsaved):
             state = started_from(config.init, config, state)
     state = from_first_process(state)
-    if distilled:
+    if config.distilled:
         leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)]
         config = dataclasses.replace(config, teacher=zlib.crc32(b"".join(leaves)))
     return config, state
@@ -109,18 +108,19 @@ def started_from(init: str, config: Config, state: dj.TrainState) -> dj.TrainSta
     "interval", which starts at 0.
 
     Raises ValueError as `open_run` does, and unless the network there has the same options INIT_MUST_SHARE and the same shapes.
-    A distilled run also needs a teacher of one time that has learned its data.
+    A distilled run also needs a teacher that takes one time and was trained on the same data.
     """
     run = open_run(init, "init")
-    distilled = config.loss_type == "distilled"
-    require(not (distilled and run.config.few_calls), "init", init, "a run that is not itself distilled or mean_flow")
-    for name in INIT_MUST_SHARE + (("dataset", "images") if distilled else ()):
-        theirs, wanted = getattr(run.config, name), getattr(config, name)
-        require(theirs == wanted, "init", init, f"a network with this run's {name} {wanted}, not {theirs}")
+    require(not (config.distilled and run.config.few_calls), "init", init, "a run that is not itself distilled or mean_flow")
+    for name in INIT_MUST_SHARE + (("dataset", "images") if config.distilled else ()):
+        found, wanted = getattr(run.config, name), getattr(config, name)
+        require(found == wanted, "init", init, f"a network with this run's {name} {wanted}, not {found}")
     arrays: list[Any] = [flatten_dict(params) for params in (run.restore("newest").ema_params, state.params)]
     theirs, own = arrays
-    for name, x in {**own, **theirs}.items():
-        fits = name in own and own[name].shape == x.shape and (name in theirs or (config.few_calls and "interval" in name))
-        require(fits, "init", init, f"a network of this run's shapes, and {'/'.join(name)} differs")
-    params = jax.tree.map(jnp.asarray, unflatten_dict({**own, **theirs}))
+    merged = {**own, **theirs}
+    for name, x in merged.items():
+        added = name not in theirs and config.few_calls and "interval" in name
+        fits = added or (name in theirs and name in own and own[name].shape == x.shape)
+        require(fits, "init", init, f"a network of this run's shapes ({'/'.join(name)} differs)")
+    params = jax.tree.map(jnp.asarray, unflatten_dict(merged))
     return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))

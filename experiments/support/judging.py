@@ -27,7 +27,7 @@ def comparable(data: ImageData) -> ImageData:
 
 
 def to_bytes(samples: Float[np.ndarray, "N S S C"], data: ImageData) -> UInt8[np.ndarray, "N H W C"]:
-    """Rounded to the 256 levels of the data's images, without the padding, and scaled as they are by `comparable`."""
+    """Round to 256 levels, crop the padding, and scale down as `comparable` does."""
     side = data.images.shape[1]
     first = (samples.shape[1] - side) // 2
     return scaled_down(to_pixels(samples[:, first : first + side, first : first + side]))

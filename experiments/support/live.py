@@ -40,8 +40,10 @@ class Wish(NamedTuple):
 def make_walk(run: SavedRun, params: PyTree) -> Callable:
     """walk(table, seed, wish, start=None) -> Frames, from the noise that sample.py starts from, or from `start`.
 
-    A step is one compiled program for all tables. A mean_flow network predicts averages, but the velocity to inpaint.
+    A step is one compiled program for all tables. A mean_flow network predicts average velocities, but to inpaint the velocity
+    at t. Raises ValueError unless the run's images are grey and 32x32.
     """
+    require(model.image_shape(run.config) == (32, 32, 1), "workdir", run.workdir, "a run on grey images of 32x32")
     params, few_calls = jax.device_put(params), run.config.few_calls
 
     @jax.jit
@@ -65,7 +67,7 @@ def make_walk(run: SavedRun, params: PyTree) -> Callable:
 def draw_digits(
     run: SavedRun, walk: Callable, labels: Sequence[int], sampler: Sampler, calls: int, guidance: float, seed: int
 ) -> Frames:
-    """The samples that sample.py draws with these options. Raises ValueError on a number that it refuses, or None."""
+    """The samples that sample.py draws with these options. Raises ValueError on a missing or invalid number."""
     check_numbers(sampling_timesteps=calls, guidance_scale=guidance, seed=seed)
     check_guidance(run, guidance)
     table = table_of(run, sampler, calls)
@@ -74,7 +76,7 @@ def draw_digits(
 
 
 def complete(run: SavedRun, walk: Callable, drawing: UInt8[np.ndarray, "H W"] | None, part: str, seed: int) -> Frames:
-    """What is given of a drawing, dark on white, and ways to go on. Raises ValueError if that part is empty."""
+    """The given part of a drawing, dark on white, then WAYS completions. Raises ValueError if that part has no ink."""
     check_numbers(seed=seed)
     check_denoises(run)
     blank = np.full((28, 28), 255, np.uint8)
@@ -90,7 +92,7 @@ def complete(run: SavedRun, walk: Callable, drawing: UInt8[np.ndarray, "H W"] | 
 
 
 def go_between(run: SavedRun, walk: Callable, first: int, first_seed: int, last: int, last_seed: int) -> Frames:
-    """From a digit to another: from its noise to the other's, and from its class to the other's."""
+    """Interpolate between the noise of two digits, and between their classes."""
     check_numbers(seed=first_seed)
     check_numbers(seed=last_seed)
     require(not (run.config.conditional and None in (first, last)), "labels", "none", "a class for each end")

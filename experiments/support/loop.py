@@ -37,10 +37,9 @@ def train_in(
 ) -> TrainState:
     """Continue from the newest whole checkpoint, or from `state`, to `config.iterations` steps; each is `step_fn(state, step)`.
 
-    With `draw`, a picture of samples is written every `config.sample_every` steps but the last.
-    Rows of metrics.csv past the checkpoint that a run resumes from are dropped, so it has each step once however often the run
-    was stopped. Ctrl-C and SIGTERM save and exit with 128 and the signal's number. A loss or gradient that is not finite exits
-    with 1, and no state past it is saved; so does a full disk.
+    With `draw`, a picture of samples is written every `config.sample_every` steps but the last. A resumed run drops the rows of
+    metrics.csv past its checkpoint, so each step has one row. Ctrl-C and SIGTERM save, then exit with 128 plus the signal's
+    number. A full disk exits with 1; so does a loss or gradient that is not finite, and no state past it is saved.
     """
     keep_failed_saves_quiet()
     with one_line_errors(), one_line_if_unwritable(workdir), failing_together():
@@ -120,7 +119,7 @@ def stop_requests() -> Iterator[list[int]]:
         requests.append(number)
         restore()
         with contextlib.suppress(OSError):  # print is not safe in a handler
-            os.write(2, b"\nstopping after this step; once more stops at once\n")
+            os.write(2, b"\nstopping soon; once more stops at once\n")
 
     before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
     try:

@@ -53,11 +53,10 @@ def fix_random_numbers() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """In ~/.cache/diffusion_jax, apart for each kind of processor; JAX_COMPILATION_CACHE_DIR names another folder.
+    """Cache compiled programs in ~/.cache/diffusion_jax, by kind of processor, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    JAX 0.10 takes each kept program for one of another processor, for the sake of two hints (prefer-no-gather and
-    prefer-no-scatter), and says so at length as an error. So what XLA logs is silent, unless JAX_LOGGING_LEVEL is
-    set; JAX's own warnings and all exceptions are not.
+    JAX 0.10 logs a long false error for each cached program, about a processor with other features (prefer-no-gather,
+    prefer-no-scatter). So this hides XLA's log unless JAX_LOGGING_LEVEL is set. JAX's warnings and exceptions still appear.
     """
     if "JAX_LOGGING_LEVEL" not in os.environ:
         jax.config.update("jax_logging_level", "CRITICAL")
@@ -89,7 +88,7 @@ def warn_of_emulated(precision: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Keep glibc from returning a step's buffers to the system and taking them again: a seventh of a step on a CPU.
+    """Keep glibc from returning a step's buffers to the system and taking them again (docs/performance_log.md).
 
     Not for GPUs: XLA compiles for them in many threads, which was about twice as slow with these settings.
     """

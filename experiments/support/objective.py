@@ -33,7 +33,7 @@ def make_step(
 
     @cache
     def compiled() -> Callable:
-        if config.loss_type == "distilled":
+        if config.distilled:
             loss = make_distilled_loss(config, schedule)
             arrays = trajectories(config, schedule, initial, jax.random.fold_in(key, config.iterations))  # no step has this key
         else:
@@ -100,8 +100,8 @@ def make_distilled_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
 
     def loss_fn(params, batch, keys):
         (paths, labels), u = batch
-        start = last - (mostly_zero(u) * last).astype(jnp.int32)
-        stop = (mostly_zero(uniform(keys, 4)) * start).astype(jnp.int32)
+        start = last - (zero_for_a_third(u) * last).astype(jnp.int32)
+        stop = (zero_for_a_third(uniform(keys, 4)) * start).astype(jnp.int32)
         x_t, x_s = (paths[jnp.arange(len(paths)), row].astype(jnp.float32) for row in (start, stop))
         target = jump_target(schedule, x_t, times[start], x_s, times[stop])
         prediction = model.two_times(config, schedule, params, labels)(x_t, times[start], times[stop])
@@ -130,8 +130,8 @@ def teacher_table(schedule: dj.NoiseSchedule) -> dj.SamplerTable:
     return solver_table("unipc", schedule, min(CALLS, schedule.num_timesteps))
 
 
-def mostly_zero(u: Float[Array, " B"]) -> Float[Array, " B"]:
-    """0 where u < 1/3; the other uniform numbers are spread over [0, 1) again."""
+def zero_for_a_third(u: Float[Array, " B"]) -> Float[Array, " B"]:
+    """Map a uniform u to 0 if u < 1/3, otherwise to uniform on [0, 1)."""
     return jnp.maximum(0.0, (3 * u - 1) / 2)
 
 

@@ -34,7 +34,7 @@ def join_processes(args: Sequence[str]) -> None:
         address = os.environ.get("JAX_COORDINATOR_ADDRESS")
         if address is not None and not re.fullmatch(r".+:[1-9]\d{0,4}", address):
             raise ValueError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT, got {address!r}")
-        jax.config.update("jax_enable_preemption_service", False)  # else SIGTERM would be its, and nobody would hear of it
+        jax.config.update("jax_enable_preemption_service", False)  # otherwise it takes SIGTERM, and our handler never runs
         jax.distributed.initialize(
             num_processes=count,
             process_id=number,
@@ -68,7 +68,7 @@ def failing_together() -> Iterator[None]:
     if problem is not None:
         raise problem
     if failed:
-        raise SystemExit("error: another process of this run has stopped, and says why")
+        raise SystemExit("error: another process of this run failed; see its error")
 
 
 def in_turn(fn: Callable[[], Result]) -> Result:

@@ -20,8 +20,8 @@ from support.workdir import append_rows, losses_between
 class Record:
     """The record of a run that starts at step `start`. Metrics are kept on the device until `write`.
 
-    `config` has iterations, checkpoint_every and seed. A checkpoint has the mean loss since the one before it, unless it was
-    saved early, since a mean of fewer steps might be the best by chance.
+    `config` has iterations, checkpoint_every and seed. A checkpoint has the mean loss over the steps after the previous one.
+    One that is saved early has none: a mean of fewer steps could be the lowest by chance.
     """
 
     def __init__(self, workdir: Path, config: Any, checkpoints: ocp.CheckpointManager | None, start: int):
@@ -61,7 +61,8 @@ class Record:
             if saves and self.checkpoints:
                 whole = len(self.losses) == self.config.checkpoint_every
                 save(self.checkpoints, state, loss=sum(self.losses) / len(self.losses) if whole else None)
-        self.losses = [] if saves else self.losses
+        if saves:
+            self.losses = []
 
     def close(self) -> None:
         self.bar.close()
@@ -74,5 +75,5 @@ def check_finite(rows: list[dict[str, Any]], workdir: Path, seed: int) -> None:
             values = ", ".join(f"{name} {value:g}" for name, value in row.items() if name != "step")
             raise SystemExit(
                 f"error: step {row['step']} of seed {seed} is not finite ({values}); {workdir} keeps its last checkpoint "
-                "before it, from which the same command comes to the same step; try a lower --learning-rate"
+                "before it, but would fail again there; try a lower --learning-rate in another --workdir"
             )

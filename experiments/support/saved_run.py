@@ -49,9 +49,9 @@ class Sampling(Source):
     sampler: Sampler | None = None
     """Solver; by default unipc, or ddim for a distilled or mean_flow run. dpm_solver is DPM-Solver++(2M)."""
     spacing: Spacing | None = None
-    """Spacing of steps: even in t or log-SNR, by Karras et al. (2022), or as in flow, the default of unipc and few calls."""
+    """Spacing of steps: even in t or log-SNR, by Karras et al. (2022), or flow, the default of unipc and few calls."""
     eta: float = 0.0
-    """Noise of ddim, dpm_solver, dpm_solver_3m: 0 is deterministic, 1 equals ancestral sampling's (lower bound)."""
+    """Noise of ddim, dpm_solver, dpm_solver_3m, from 0 (none) to 1 (as ancestral sampling, lower bound)."""
 
 
 class SavedRun(NamedTuple):
@@ -158,14 +158,14 @@ def is_file(workdir: str) -> bool:
 def solver_table(
     sampler: Sampler,
     schedule: dj.NoiseSchedule,
-    calls: int | None = None,
+    calls: int,
     spacing: str | None = None,
     sigma_type: str = "upper_bound",
     eta: float = 0.0,
 ) -> dj.SamplerTable:
-    """The table of a `Sampler` with `calls` network calls, by default T (Heun's method: T / 2 steps).
+    """The table of a `Sampler` with `calls` network calls, or up to two fewer for Heun's method.
 
-    Steps are evenly spaced in t by default, and UniPC's as in flow, with a polynomial in the signal, which goes with that.
+    Steps are even in t by default, but UniPC's are spaced as in flow, with a polynomial in the signal, which suits that.
     """
     spacing = spacing or ("flow" if sampler == "unipc" else "time")
     unipc = partial(dj.unipc_table, order=3, variable="signal" if spacing == "flow" else "log_snr")
@@ -179,7 +179,6 @@ def solver_table(
         "deis": dj.deis_table,
         "consistency": dj.consistency_table,
     }
-    calls = schedule.num_timesteps if calls is None else calls
     check_calls(calls, schedule.num_timesteps)
     steps = (calls + 1) // 2 if sampler == "heun" else calls
     return tables[sampler](schedule, sampling_timesteps=dj.sampling_times(schedule, steps, spacing))
@@ -200,11 +199,11 @@ def sampler_table(config: Sampling, run: SavedRun) -> dj.SamplerTable:
 
 def check_denoises(run: SavedRun) -> None:
     allowed = "a run that is not distilled: this needs the denoised image at every t"
-    require(run.config.loss_type != "distilled", "workdir", run.workdir, allowed)
+    require(not run.config.distilled, "workdir", run.workdir, allowed)
 
 
 def check_guidance(run: SavedRun, scale: float) -> None:
     require(0 <= scale < math.inf, "guidance_scale", scale, "at least 0 and finite")
     require(run.config.conditional or scale == 1, "guidance_scale", scale, "1 unless the run is --conditional")
-    learned = run.config.loss_type == "distilled"
-    require(not learned or scale == 1, "guidance_scale", scale, "1 for a distilled run, which has its --training-guidance")
+    allowed = "1 for a distilled run, which has its --training-guidance"
+    require(not run.config.distilled or scale == 1, "guidance_scale", scale, allowed)

@@ -59,10 +59,11 @@ def read_mnist(
 def read_prepared(
     name: str, data_dir: str, split: str, image_size: int, channels: int
 ) -> tuple[UInt8[np.ndarray, "N S S C"], Int[np.ndarray, " N"], int, bool] | None:
-    """Images, labels (zeros if there are none), the number of classes, and whether there is a test split: if not, the images
-    are those of the training split. None if `name` (or `name/config`) is not prepared in TFDS's directory.
+    """(images, labels, number of classes, whether there is a test split) of `name` or `name/config`, or None if that is not
+    prepared in TFDS's directory.
 
-    Images that are not of one square size are cropped and scaled to `image_size`.
+    Without a test split, the images are the training split's; without labels, the labels are zeros. Images that are not of one
+    square size are cropped and scaled to `image_size`.
     """
     from tensorflow_datasets.core import read_only_builder
 
@@ -76,9 +77,9 @@ def read_prepared(
     shape: tuple[Any, ...] = getattr(image, "shape", ())
     usable = len(shape) == 3 and shape[2] in (1, 3) and image.np_dtype == np.uint8 and "train" in splits
     require(usable, "dataset", name, "a data set of grey or colour images (`image`) with a split `train`")
-    differ = shape[0] is None or shape[0] != shape[1]
-    require(image_size > 0 or not differ, "image_size", image_size, f"given, since the images of {name} differ in size")
-    tested, fit_to = "test" in splits, (image_size, channels or shape[2]) if differ else ()
+    cropped = shape[0] is None or shape[0] != shape[1]
+    require(image_size > 0 or not cropped, "image_size", image_size, f"given: the images of {name} are not of one square size")
+    tested, fit_to = "test" in splits, (image_size, channels or shape[2]) if cropped else ()
     with _damage_is_named(name, data_dir, "prepare it again"):
         return *_read_once(builder, split if tested else "train", fit_to), _num_classes(builder), tested
 

@@ -49,11 +49,11 @@ HIDDEN = {
 
 
 def open_workdir(config: Any, may_differ: Collection[str], **more: str | int | None) -> Path:
-    """The folder `config.workdir`, made now, or found to hold a run that agrees with `config` but for the fields `may_differ`.
+    """Create `config.workdir`, or open it if its run agrees with `config` in all fields but `may_differ`. Lock it until this
+    process ends.
 
-    config.json has `more` beside the config: what a run is, and no option says.
-    It is this process's until it ends. Raises ValueError, and touches nothing, if it holds another run or anything that is not
-    a run, or if another process is at work in it.
+    config.json also has `more`: what describes the run but is no option. Raises ValueError, and changes no file, if the folder
+    holds another run or other files, or if another process uses it.
     """
     workdir, wanted = Path(config.workdir), json.loads(json.dumps(dataclasses.asdict(config) | more))
     if (workdir / "config.json").exists():
@@ -195,6 +195,6 @@ def one_line_if_unwritable(workdir: Path) -> Iterator[None]:
             raise
         reason = os.strerror(int(code[1])) if code else getattr(problem, "strerror", None) or str(problem)
         raise SystemExit(
-            f"error: {workdir} cannot be written ({reason}); the checkpoints in it are whole, and once that is mended the same "
-            "command continues it"
+            f"error: {workdir.absolute()} cannot be written ({reason}); its checkpoints are intact: fix this and repeat the "
+            "command"
         ) from None
