@@ -39,11 +39,12 @@ def main() -> None:
         check_values(config)
         check_output(out, ".png", ".npy")
         run = open_run(config.workdir)
-        may_ask = run.config.conditional or not config.labels
-        require(may_ask, "labels", config.labels, "left out unless the run is --conditional")
-        for label in config.labels:
+        for label in config.labels if run.config.num_classes else ():
             require(0 <= label < run.config.num_classes, "labels", label, f"between 0 and {run.config.num_classes - 1}")
         check_guidance(run, config.guidance_scale)
+        require(
+            run.config.conditional or not config.labels, "labels", config.labels, "left out unless the run is --conditional"
+        )
         table = sampler_table(config, run)
         state = run.restore(config.checkpoint)
 
