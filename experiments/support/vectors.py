@@ -20,14 +20,21 @@ from support.workdir import open_workdir
 @dataclasses.dataclass(frozen=True)
 class Config:
     iterations: int = 2000
+    """Number of training steps."""
     batch_size: int = 512
+    """Vectors in a training step."""
     embed_dim: int = 32
+    """Width of the network's layers."""
     learning_rate: float = 2e-3
+    """Learning rate at the start of its cosine decay."""
     ema_decay: float = 0.99
+    """Decay of the parameters' moving average, which is used for sampling; 0 uses the last parameters."""
     seed: int = 0
+    """Random seed."""
     workdir: str = "runs/vectors"
     """Folder of the run. Repeat the command to continue it."""
     checkpoint_every: int = 1000
+    """Steps between checkpoints."""
 
 
 def set_up(
