@@ -1,4 +1,4 @@
-"""Change images of the test split with a run of experiments/mnist.py: a row for each image, what was done from left to right.
+"""Change images of the test split with a run of experiments/mnist.py: one row for each image, its columns as below.
 
 python experiments/edit.py --what inpaint          # the image, what is given of it, and four ways to go on
 python experiments/edit.py --what interpolate      # from one image to another, through the noise that each comes from
@@ -72,7 +72,7 @@ def main() -> None:
         require(sampler in allowed, "sampler", sampler, f"{' or '.join(allowed)} with --what {config.what}")
         table = solver_table(sampler, schedule, steps, config.spacing)
         enough = config.what != "image-to-image" or table.t.min() <= round(NOISE[0] * num_timesteps)
-        require(enough, "sampling_timesteps", steps, "more for image-to-image, which begins a fifth of the way up")
+        require(enough, "sampling_timesteps", steps, "large enough for a step from t <= 0.2 T (image-to-image)")
         images = run.load("test", config.data_dir).images[: config.num_images + 1]
         params = run.restore(config.checkpoint).ema_params
 

@@ -63,7 +63,7 @@ def read_samples(file: str) -> Float[np.ndarray, "N S S C"]:
     require(right, "samples", file, "a .npy of at least 100 square float images [N, S, S, 1] or [N, S, S, 3]")
     require(bool(np.isfinite(samples).all()), "samples", file, "finite everywhere")
     low, high = float(samples.min()), float(samples.max())
-    require(-3 < low < -0.3 and high < 3, "samples", file, f"in [-1, 1], where -1 is black, and these are from {low} to {high}")
+    require(-3 < low < -0.3 and high < 3, "samples", file, f"about in [-1, 1] with black at -1 (these: {low} to {high})")
     return samples
 
 

@@ -167,7 +167,7 @@ def test_edit_refuses_in_one_line(capsys, monkeypatch, trained, args):
 
 def test_edit_needs_steps_from_a_fifth_of_the_way_up(capsys, monkeypatch, trained):
     args = ["--workdir", trained, "--what", "image-to-image", "--sampling-timesteps", "4"]
-    message = "--sampling-timesteps must be more for image-to-image, which begins a fifth of the way up, got 4"
+    message = "--sampling-timesteps must be large enough for a step from t <= 0.2 T (image-to-image), got 4"
     assert message in fails(capsys, monkeypatch, "edit", *args)
 
 
