@@ -125,7 +125,7 @@ def _link_to(directory: Path) -> Path:
     """A symbolic link to `directory` with no character of MISREAD in its path. Raises ValueError if TMPDIR has one."""
     if MISREAD & set(tempfile.gettempdir()):
         characters = " ".join(sorted(MISREAD))
-        raise ValueError(f"TMPDIR must not contain any of {characters} when --workdir does, got {tempfile.gettempdir()}")
+        raise ValueError(f"TMPDIR must not contain any of {characters} if the path of a run does, got {tempfile.gettempdir()}")
     link = Path(tempfile.mkdtemp()) / "checkpoints"
     link.symlink_to(directory)
     return link
@@ -176,17 +176,17 @@ def _set_damaged_losses_aside(directory: Path) -> None:
 
 def _check_files(folder: Path) -> None:
     if not (folder / CHECKSUMS).exists():
-        raise ValueError(f"it has no {CHECKSUMS}: a save cut short, or an earlier version of this library")
+        raise ValueError(f"it has no {CHECKSUMS}: the save was interrupted, or an older version of this library wrote it")
     for name, checksum in json.loads((folder / CHECKSUMS).read_text()).items():
         if zlib.crc32((folder / name).read_bytes()) != checksum:
             raise ValueError(f"{name} is damaged")
 
 
 def _check_shapes(metadata: PyTree, target: PyTree) -> None:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(target)
+    leaves = jax.tree.leaves_with_path(target)
     for what, of in (("shape", lambda leaf: tuple(leaf.shape)), ("dtype", lambda leaf: np.dtype(leaf.dtype))):
         saved = {leaf.name: of(leaf) for leaf in jax.tree.leaves(metadata.tree)}
         wanted = {jax.tree_util.keystr(path, simple=True, separator="."): of(leaf) for path, leaf in leaves}
         for name in [*wanted, *saved]:
             if saved.get(name) != wanted.get(name):
-                raise ValueError(f"{name} has the {what} {saved.get(name)}, and this run's {wanted.get(name)}")
+                raise ValueError(f"{name} has the {what} {saved.get(name)}, expected {wanted.get(name)}")

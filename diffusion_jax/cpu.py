@@ -1,4 +1,4 @@
-"""Layers that run fast on XLA:CPU. You can delete this file and its uses in layers.py: only speed on CPUs changes.
+"""Layers that run fast on XLA:CPU. You can delete this file and its uses in layers.py: only speed on CPUs and rounding change.
 
 XLA:CPU multiplies matrices at full speed. It is much slower at convolution gradients, and at the gradient of a matrix product
 with respect to its kernel, because these sum over pixels, which are not contiguous. So here

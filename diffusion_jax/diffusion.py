@@ -25,8 +25,8 @@ up = signal_t / signal_s,
       k = up noise_s^2 / noise_t^2,  m = signal_s beta_{t|s} / noise_t^2,  w = beta_{t|s} noise_s^2 / noise_t^2
 
 Arrays are [B, *shape] with any shape. t is [B], integer or real; at real times the schedule's columns are interpolated
-linearly. A time outside 0..T gives NaN. Results have the data's dtype. Losses, variances and the tables in use have it too,
-but at least float32. docs/derivation.md derives each equation.
+linearly. A time outside 0..T gives NaN. Results have the data's dtype. Losses, variances and cast tables have it too, but at
+least float32. docs/derivation.md derives each equation.
 """
 
 from collections.abc import Callable
@@ -112,8 +112,9 @@ def make_denoiser(
     not positive, and if the target does not determine x_0 at some t >= 1, such as pred_eps at t = T of rectified flow.
     """
     p, q = target_columns(target_type, *schedule)
-    if not isinstance(schedule.signal, Tracer) and np.any((schedule.signal * q - schedule.noise * p)[1:] == 0):
-        raise ValueError(f"x_0 does not follow from {target_type} where there is no signal, as at this schedule's t = T")
+    lost = (schedule.signal * q - schedule.noise * p)[1:] == 0
+    if not isinstance(schedule.signal, Tracer) and np.any(lost):
+        raise ValueError(f"x_0 does not follow from {target_type} at t = {1 + int(np.argmax(lost))} of this schedule")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive or None, got {clip}")
 

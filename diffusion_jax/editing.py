@@ -15,11 +15,12 @@ from diffusion_jax.schedules import NoiseSchedule
 
 
 def guided(conditional: Predict, unconditional: Predict, scale: ArrayLike) -> Predict:
-    """Classifier-free guidance: without + scale (with - without) [Ho & Salimans 2022, eq. 6, where scale = 1 + w] (eq. 17).
+    """Classifier-free guidance, u + scale (c - u), for the conditional and unconditional predictions c and u (eq. 17) [Ho &
+    Salimans 2022, eq. 6, where scale = 1 + w].
 
     A scale of 1 gives the conditional network. A larger scale gives samples that match the condition better but vary less. All
-    target types give the same result. A learned variance is the conditional network's. With an array of scales, each example
-    can have its own. Raises ValueError unless scale >= 0, except if it is traced.
+    target types give the same result. A learned variance is the conditional network's. `scale` may be an array that broadcasts
+    to the prediction, such as [B, 1, 1, 1]. Raises ValueError unless scale >= 0, except if it is traced.
     """
     if not isinstance(scale, Tracer) and not np.all(np.asarray(scale) >= 0):
         raise ValueError(f"the guidance scale must be at least 0, got {scale}")
@@ -53,7 +54,7 @@ def inpainting(denoise: Denoise, known: ArrayLike, mask: ArrayLike) -> Denoise:
 
 
 def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> SamplerTable:
-    """Repeat each step but the last, `times` times in all, noising back to t in between [Lugmayr et al. 2022, alg. 1].
+    """Take each step but the last `times` times, noising back to t in between [Lugmayr et al. 2022, alg. 1].
 
     A step from t to s and the forward process back to t make one affine step (eq. 18), so a repetition is one row and one
     network call. Use it with the upper bound's noise: with less, repetitions reduce the variance of the unknown part.
@@ -61,9 +62,9 @@ def resampled(schedule: NoiseSchedule, table: SamplerTable, times: int) -> Sampl
     earlier x_0_hat or a learned variance.
     """
     if not (times >= 1 and times % 1 == 0):
-        raise ValueError(f"each step must be taken at least once, and a whole number of times, got {times}")
+        raise ValueError(f"times must be a whole number of at least 1, got {times}")
     if np.any(table.d) or np.any(table.r):
-        raise ValueError("steps with a learned variance or an x_0_hat before them cannot be taken again: use ancestral or DDIM")
+        raise ValueError("steps that use a learned variance or an earlier x_0_hat cannot be resampled: use ancestral or DDIM")
     _check_goes_down(table)
     (signal_t, noise_t), (signal_s, noise_s) = schedule.at(table.t[:-1]), schedule.at(table.t[1:])
     up = signal_t / signal_s
@@ -84,7 +85,7 @@ def part_way(table: SamplerTable, t: int | float) -> SamplerTable:
     times does not. Raises ValueError if no row remains, or if the table's times increase.
     """
     _check_goes_down(table)
-    rest = SamplerTable(*(column[(table.t <= t) & (table.t > 0)].copy() for column in table))
+    rest = SamplerTable(*(column[(table.t <= t) & (table.t > 0)] for column in table))
     if len(rest.t) == 0:
         raise ValueError(f"the table must have a step from t = {t} or below, and its last is from {table.t[table.t > 0][-1]}")
     for i in range(min(len(rest.t), rest.d.shape[1])):  # there are no values from before the first row: step i uses its own
@@ -96,8 +97,10 @@ def part_way(table: SamplerTable, t: int | float) -> SamplerTable:
 
 
 def _check_goes_down(table: SamplerTable) -> None:
-    if np.any(np.diff(table.t) > 0):
-        raise ValueError("the table's timesteps must go down, from noise to data; these go up")
+    rises = np.diff(table.t) > 0
+    if np.any(rises):
+        row = int(np.argmax(rises))
+        raise ValueError(f"the table's times must go down, from noise to data, got {table.t[row]} before {table.t[row + 1]}")
 
 
 def encoding_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None) -> SamplerTable:
@@ -109,9 +112,9 @@ def encoding_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None) ->
     times = as_times(schedule, sampling_timesteps)[::-1]
     signal, noise = schedule.at(times)
     t = np.concatenate([times[1:2], times[1:-1]])  # where each step calls the network for eps_hat
-    signal_t, noise_t = schedule.at(t)
-    on_eps = noise[1:] - signal[1:] / signal[:-1] * noise[:-1]  # x_s = (signal_s / signal_t) x_t + on_eps eps_hat
-    return make_table(schedule, t, signal[1:] / signal[:-1] + on_eps / noise_t, -on_eps * signal_t / noise_t)
+    signal_there, noise_there = schedule.at(t)
+    on_eps = noise[1:] - signal[1:] / signal[:-1] * noise[:-1]  # x_s = (signal_s / signal_start) x_start + on_eps eps_hat
+    return make_table(schedule, t, signal[1:] / signal[:-1] + on_eps / noise_there, -on_eps * signal_there / noise_there)
 
 
 def spherical(x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: ArrayLike) -> Float[Array, "*shape"]:

@@ -4,8 +4,8 @@ Such a network predicts the x_0_hat whose DDIM step ends where the flow through 
 
     x_s = a x_t + b x_0_hat(x_t, t, s),   a = noise_s / noise_t,   b = signal_s - a signal_t          (19)
 
-`jump_target` gives it from two points of a trained network's flow. MeanFlow [Geng et al. 2025] needs only data, on rectified
-flow, x_t = (1 - t/T) x_0 + (t/T) eps, where T dx_t/dt = eps - x_0. Let v be its mean given x_t. The target "pred_u" of (19) is
+`jump_target` computes this x_0_hat from two points of a trained network's flow. MeanFlow [Geng et al. 2025] needs only data,
+on rectified flow, x_t = (1 - t/T) x_0 + (t/T) eps. Let v be the mean of eps - x_0 given x_t. The target "pred_u" of (19) is
 the average of v along the flow,
 
     u(x_t, t, s) = 1 / (t - s) integral_s^t v(x_r, r) dr,   x_s = x_t - (t - s) / T u(x_t, t, s)      (20)
@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Real
 
 from diffusion_jax.diffusion import Predict, as_column, check_shape, q_sample, signal_and_noise
@@ -91,15 +90,14 @@ def guided_velocity(network: Network, scale: float) -> Callable[[Array, Array, A
 def jumping(network: Network, table: SamplerTable) -> Predict:
     """predict(x_t, t) = network(x_t, t, s), where the row of `table` at t leads to s.
 
-    The table is `ddim_table` with eta = 0, whose steps are those of eq. 19, or `consistency_table`, where s = 0 since its steps
-    need the data. At other times than the table's the result is NaN. Do not clip x_0_hat: it is an image only if s = 0.
+    The table is `ddim_table` with eta = 0, whose steps are those of eq. 19, or `consistency_table`, for which s is always 0. A
+    t that is not in the table gives NaN. Do not clip x_0_hat: it is an image only if s = 0.
     """
 
     def predict(x_t: Float[Array, "B *shape"], t: Real[Array, " B"]) -> Any:
         times, a = (jnp.asarray(column, jnp.float32) for column in (table.t, table.a))
         following = jnp.where(a == 0, 0.0, jnp.append(times[1:], 0))
-        here = times[None] == t[:, None]
-        s = jnp.where(here.any(axis=1), jnp.where(here, following[None], 0.0).max(axis=1), jnp.nan)
+        s = jnp.nanmax(jnp.where(times[None] == t[:, None], following[None], jnp.nan), axis=1)
         return network(x_t, t, s)
 
     return predict
@@ -112,4 +110,4 @@ def consistency_table(schedule: NoiseSchedule, sampling_timesteps: Steps = None)
     """
     times = as_times(schedule, sampling_timesteps)
     signal, noise = schedule.at(times[1:])
-    return make_table(schedule, times[:-1], np.zeros(len(signal)), signal, noise)
+    return make_table(schedule, times[:-1], 0.0, signal, noise)

@@ -1,4 +1,4 @@
-"""The layers of the networks. cpu.py has faster versions for CPUs, with the same results and parameters.
+"""The layers of the networks. cpu.py has faster versions for CPUs, with the same results (up to rounding) and parameters.
 
 `matmul`, `conv3x3` and `normalize_and_activate` have `jax.jit`, so that JAX traces them once for each shape and not for each
 layer.
@@ -105,7 +105,8 @@ class Conv3x3(nn.Module):
 class GroupNorm(nn.Module):
     """activation(group normalization of x, plus shift), with statistics in float32 and the result in `dtype` (Wu & He 2018).
 
-    There are 8 groups, or 4, 2 or 1 if they would be unequal or under 4 channels. `shift` is added to each example's bias.
+    The number of groups is the largest of 8, 4 and 2 that gives equal groups of at least 4 channels, or else 1. `shift` is
+    added to each example's bias.
     """
 
     dtype: DTypeLike

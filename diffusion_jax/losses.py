@@ -120,9 +120,9 @@ def draw_time_and_noise(
 def time_density(schedule: NoiseSchedule, density: str) -> Float[np.ndarray, " T"]:
     """The probabilities of t = 1..T for a `density` listed at the top of this module.
 
-    The uniform quarter of "logit_normal" makes sure that the largest t, where sampling starts, are trained. "importance" is
-    nine tenths proportional to the mean of each term of the variational bound, which has a closed form for data N(0, I) and
-    the best network, and one tenth uniform. Nichol & Dhariwal (2021, eq. 18) instead use each term's root mean square,
+    The uniform quarter of "logit_normal" makes sure that the largest t, where sampling starts, are trained. "importance" mixes
+    one tenth uniform with nine tenths proportional to the mean of each term of the variational bound, in closed form for data
+    N(0, I) and the best network. Nichol & Dhariwal (2021, eq. 18) instead use each term's root mean square,
     tracked during training. Raises ValueError on an unknown density.
     """
     check_choice("density", density, get_args(TimeDensity))

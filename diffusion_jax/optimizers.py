@@ -1,7 +1,7 @@
 """Adam [Kingma & Ba 2015] and Muon [Jordan et al. 2024], with a learning rate that decays to zero.
 
 Muon replaces the momentum G = U S V^T of each matrix by about U V^T, so that all its directions learn at the same rate. Five
-Newton-Schulz steps X <- X (a I + b X^T X + c (X^T X)^2) map the singular values of X = G / |G| above 1 / 700 into 0.7..1.2.
+Newton-Schulz steps X <- X (a I + b X^T X + c (X^T X)^2) map the singular values of X = G / |G|_F above 1 / 650 to 0.68..1.21.
 Each step multiplies X by a polynomial in X^T X, so the code iterates the small matrix X^T X and multiplies X only once.
 """
 

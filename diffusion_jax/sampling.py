@@ -33,8 +33,8 @@ MEMORY = 3
 class SamplerTable(NamedTuple):
     """The coefficients of eq. 8, one row per step, in the order of sampling.
 
-    `t` is the time at which a step starts, and `scale` is the standard deviation of x_t at that time for data of unit
-    variance. r is 0 unless the variance is learned.
+    `t` is the time at which a step calls the network, and `scale` is the standard deviation of x_t at that time for data of
+    unit variance. r is 0 unless the variance is learned.
     """
 
     t: Column
@@ -48,12 +48,11 @@ class SamplerTable(NamedTuple):
     f: Column
 
 
-def make_table(schedule: NoiseSchedule, t: Column, a: Column, b: Column, c: Any = 0.0, **more: Any) -> SamplerTable:
-    """A float64 table of steps that start at times `t`. c, r, e and f may be scalars; r, d and e default to 0, f to 1."""
-    more = {"scale": np.hypot(*schedule.at(t)), "c": c, "r": 0.0, "e": 0.0, "f": 1.0} | more
-    d = more.pop("d", np.zeros((len(t), MEMORY)))
-    columns = {name: np.array(np.broadcast_to(column, len(t)), np.float64) for name, column in more.items()}
-    return SamplerTable(t=t.astype(np.float64), a=np.array(a), b=np.array(b), d=d, **columns)
+def make_table(schedule: NoiseSchedule, t: Column, a: Any, b: Any, c: Any = 0.0, r: Any = 0.0, d: Any = None) -> SamplerTable:
+    """A float64 table of steps at times `t`, with e = 0 and f = 1. A scalar fills its column; d is 0 by default."""
+    columns = (t, np.hypot(*schedule.at(t)), a, b, c, r, 0.0, 1.0)
+    t, scale, a, b, c, r, e, f = (np.array(np.broadcast_to(column, len(t)), np.float64) for column in columns)
+    return SamplerTable(t, scale, a, b, c, r, np.zeros((len(t), MEMORY)) if d is None else d, e, f)
 
 
 def sampling_times(
@@ -61,10 +60,10 @@ def sampling_times(
 ) -> Float[np.ndarray, " times"]:
     """The times T = t_S > ... > t_0 = 0 of S = `sampling_timesteps` steps (T by default).
 
-    "time" spaces them evenly in t and rounds to rows. The other spacings give real times, rounded to float32 as the network
-    receives them: "log_snr" spaces them evenly in log(sigma), sigma = noise / signal, and "karras" in sigma^(1 / rho) [Karras
-    et al. 2022, eq. 5], both down to t_1 = 1. If row T has no signal, they are spaced from the last row that has. "flow" spaces
-    evenly in u = 1 / (1 + sigma^(-1 / 1.2)), which is close to t / T of rectified flow, so sigma_1 decreases as S grows.
+    "time" spaces them evenly in t and rounds to rows. The others give real times, rounded to float32: "log_snr" spaces them
+    evenly in log(sigma), sigma = noise / signal, and "karras" in sigma^(1 / rho) [Karras et al. 2022, eq. 5], both down to
+    t_1 = 1. If signal_T is 0, these two space them from the last row with signal. "flow" spaces them evenly in
+    u = 1 / (1 + sigma^(-1 / 1.2)), which is close to t / T of rectified flow, so sigma_1 decreases as S grows.
     Raises ValueError on an unknown spacing, unless 1 <= S <= T, or if two times are equal in float32.
     """
     check_choice("spacing", spacing, get_args(Spacing))
@@ -149,7 +148,7 @@ def ddim_steps(schedule: NoiseSchedule, times: Float[np.ndarray, " times"], eta:
 def padded(table: SamplerTable, num_steps: int) -> SamplerTable:
     """Pad a table with rows of zeros to `num_steps` rows, so that samplers of any kind and length share one compiled `sample`.
 
-    `sample` stops at the first row with t = 0. `sample_trajectory` does not stop there: it runs every row.
+    `sample` stops at the first row with t = 0. Do not use it with `sample_trajectory`, which runs every row and ends at 0.
     Raises ValueError if the table has more than `num_steps` rows.
     """
     missing = num_steps - len(table.t)
@@ -180,10 +179,10 @@ def sample(
         number, state = carry
         return number + 1, take_step(denoise, jax.tree.map(lambda column: column[number], table), state, keys, number)
 
-    def going_on(carry):
+    def running(carry):
         return (carry[0] < len(table.t)) & (table.t[carry[0]] > 0)
 
-    return jax.lax.while_loop(going_on, step, (0, begin))[1][0]
+    return jax.lax.while_loop(running, step, (0, begin))[1][0]
 
 
 def sample_trajectory(
@@ -224,9 +223,9 @@ def first_state(
 def take_step(
     denoise: Denoise, row: Any, state: tuple[Array, ...], keys: Key[Array, " B"], number: int | Array
 ) -> tuple[Array, ...]:
-    """One step of eq. 8, from (x_t, y_1, y_2, y_3) to (x_s, y, y_1, y_2), for a loop of one's own.
+    """One step of eq. 8, from (x_t, y_1, y_2, y_3) to (x_s, y, y_1, y_2), to write your own loop.
 
-    `row` is row `number` of the table, with numbers of x_t's dtype, at least float32.
+    `row` is row `number` of the table, cast to x_t's dtype, but at least float32.
     """
     x_t, *kept = state
     x_0_hat, fraction = with_fraction(denoise(x_t, jnp.full(len(x_t), row.t, jnp.float32)))

@@ -60,7 +60,7 @@ def schedule_from_columns(signal: ArrayLike, noise: ArrayLike) -> NoiseSchedule:
     if (schedule.signal[0], schedule.noise[0]) != (1, 0):
         raise ValueError(f"row 0 must be the data, signal 1 and noise 0, got {schedule.signal[0]} and {schedule.noise[0]}")
     if not (np.all(np.isfinite(schedule)) and np.all(schedule.signal >= 0)):
-        raise ValueError("signal and noise must be finite, and signal not negative")
+        raise ValueError(f"signal and noise must be finite, signal not negative, got {np.min(schedule)} to {np.max(schedule)}")
     with np.errstate(invalid="ignore"):
         increases = np.diff(schedule.sigma) > 0
     if not np.all(increases):
@@ -135,7 +135,7 @@ def variance_exploding_schedule(
     """
     _check_num_timesteps(num_timesteps)
     if not 0 < sigma_min < sigma_max < np.inf:
-        raise ValueError(f"sigma_min must lie between 0 and sigma_max, got {sigma_min} and {sigma_max}")
+        raise ValueError(f"need 0 < sigma_min < sigma_max < infinity, got {sigma_min} and {sigma_max}")
     return NoiseSchedule(np.ones(num_timesteps + 1), np.append(0.0, karras_sigmas(num_timesteps, sigma_min, sigma_max, rho)))
 
 

@@ -32,9 +32,10 @@ def dpm_solver_table(
 ) -> SamplerTable:
     """DPM-Solver++(2M) [Lu et al. 2022, alg. 2], or 3M with `order` 3. eta adds DDIM's noise; eta = 1 is the SDE form.
 
-    A polynomial through two values of x_0_hat is evaluated at the middle of the step, as in the paper; the mean of one through
-    three is exact. (Other implementations of 3M give the second difference half that weight and converge with order 2.) Raises
-    ValueError on eta outside [0, 1], on an order other than 1, 2 or 3, or on steps outside 1..T.
+    Steps of order 2 evaluate the polynomial through two values of x_0_hat at the middle of the step, as in the paper. Steps of
+    order 3 use the exact mean of the one through three. (Other implementations of 3M give the second difference half that
+    weight and converge with order 2.) Raises ValueError on eta outside [0, 1], on an order other than 1, 2 or 3, or on steps
+    outside 1..T.
     """
     return multistep_table(schedule, as_times(schedule, sampling_timesteps), eta, order)
 
@@ -109,15 +110,15 @@ def heun_table(
     churn_range: tuple[float, float] = (0.0, np.inf),
     churn_noise: float = 1.0,
 ) -> SamplerTable:
-    """Heun's method with `churn` [Karras et al. 2022, alg. 1-2]: two rows and network calls per step, but one in the last.
+    """Heun's method with `churn` [Karras et al. 2022, alg. 1-2]. A step is two rows, so two network calls; the last is one.
 
     The first row is DDIM's. The second replaces eps_hat by its mean over both ends. With ratio = sigma_s / sigma_t,
 
         x_s += signal_s (1 - ratio) / (2 ratio) (x_0_hat - x_0_hat_before)                              (11)
 
     A step with ratio <= 1 / 10 has no second row: from almost no signal, it would be all correction. Before a step from a sigma
-    in `churn_range`, churn raises sigma by the factor 1 + min(churn / S, sqrt(2) - 1), at most to sigma_T. The row before adds
-    the noise that this takes, times `churn_noise`. So there is no churn before the first step. Raises ValueError on a negative
+    in `churn_range`, churn raises sigma by the factor 1 + min(churn / S, sqrt(2) - 1), at most to sigma_T. The preceding row
+    adds that noise, times `churn_noise`, so the first step has no churn. Raises ValueError on a negative
     churn or on steps outside 1..T.
     """
     if not churn >= 0:

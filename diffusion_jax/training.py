@@ -1,4 +1,4 @@
-"""The training state, one training step, and `over_devices`, the only code that depends on the number of devices."""
+"""The training state, one training step, and the code that depends on the devices."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -70,7 +70,7 @@ def over_devices(
     devices: Sequence[Any],
     donate_argnums: tuple[int, ...] = (),
 ) -> Callable:
-    """Compile `fn`, with jit on one device or with pmap on several. Nothing else in the project knows which.
+    """Compile `fn`, with jit on one device or with pmap on several.
 
     On each device, `fn` gets a slice of each argument whose `in_axes` is 0 and all of each argument whose `in_axes` is None.
     Results are joined along `out_axes`. If `out_axes` is None, they must be equal on all devices, and `fn` also gets the
@@ -126,4 +126,4 @@ def replicate(tree: PyTree, devices: Sequence[Any]) -> PyTree:
 def check_divisible(batch_size: int, num_devices: int) -> None:
     """Raise ValueError unless `num_devices` divides `batch_size`."""
     if batch_size % num_devices:
-        raise ValueError(f"the batch size must be a multiple of the {num_devices} devices, got {batch_size}")
+        raise ValueError(f"the batch size must be a multiple of the number of devices, {num_devices}, got {batch_size}")

@@ -15,7 +15,7 @@ MAX_HEADS = 8
 
 
 class UNet(nn.Module):
-    """f(x_t, t), a float32 image of x_t's shape; with `learned_variance`, a pair (image, fraction), both of that shape.
+    """f(x_t, t), a float32 image of x_t's shape with `in_dim` channels; with `learned_variance`, a pair (image, fraction).
 
     Level i of `dim_scales`, at 1 / 2^i of the resolution, has two residual blocks on the way down and two on the way up, with
     skip connections between them. After its blocks on the way down, the width becomes embed_dim * dim_scales[i]. The middle has
@@ -83,9 +83,9 @@ class UNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))) + shift(time))). The last convolution starts at zero, so the block starts as x.
+    """x + conv(silu(norm(conv(silu(norm(x)))) + shift(time))). The last convolution starts at zero.
 
-    The shift follows the normalization, which would remove it if a group were one channel.
+    The shift follows the normalization, which would subtract its mean over each group.
     """
 
     features: int

@@ -47,7 +47,7 @@ BAD_MNIST = {
     "--batch-size many": ("batch-size", "many"),
     "--no-such-flag 3": ("--no-such-flag",),
     "--batch-size 0": ("--batch-size", "at least 1", "got 0"),
-    "--batch-size 6": ("multiple of the 4 devices", "got 6"),
+    "--batch-size 6": ("multiple of the number of devices, 4", "got 6"),
     "--iterations -5": ("--iterations", "at least 1", "got -5"),
     "--num-timesteps 0": ("--num-timesteps", "at least 1", "got 0"),
     "--sampling-timesteps 501": ("--sampling-timesteps", "between 1 and num_timesteps = 500", "got 501"),

@@ -109,7 +109,7 @@ def test_a_round_keeps_the_forward_marginal(made):
 
 
 def test_what_cannot_be_resampled_or_started_is_named():
-    with pytest.raises(ValueError, match="at least once, and a whole number of times, got 0"):
+    with pytest.raises(ValueError, match="times must be a whole number of at least 1, got 0"):
         dj.resampled(SCHEDULE, dj.ddim_table(SCHEDULE), 0)
     for table in (dj.dpm_solver_table(SCHEDULE), dj.ancestral_table(SCHEDULE, "learned")):
         with pytest.raises(ValueError, match="ancestral or DDIM"):

@@ -59,7 +59,10 @@ WRONG = {
         lambda: dj.sample(same, dj.ddim_table(SCHEDULE), KEYS, (2,), jnp.ones((4, 2), int)),
         r"start must be of floating point, got int32",
     ),
-    "half a round": (lambda: dj.resampled(SCHEDULE, dj.ddim_table(SCHEDULE), 1.5), r"a whole number of times, got 1.5"),
+    "half a round": (
+        lambda: dj.resampled(SCHEDULE, dj.ddim_table(SCHEDULE), 1.5),
+        r"whole number of at least 1, got 1.5",
+    ),
     "a posterior of two batches": (lambda: dj.posterior(SCHEDULE, X[:1], X, T), r"x_0 must have the shape .* got \(1, 2\)"),
     "an unknown split": (lambda: data.load_dataset("digits", split="validation"), r"split must be one of train, test"),
     "a warm-up that ends before it begins": (lambda: dj.cosine_decay(1.0, 100, -20), r"warmup must be at least 0, got -20"),

@@ -149,7 +149,7 @@ def test_donating_the_state_is_safe(devices):
 
 def test_a_batch_that_devices_cannot_share_is_named():
     state, step, x_0 = setup("mlp")
-    with pytest.raises(ValueError, match="multiple of the 4 devices, got 6"):
+    with pytest.raises(ValueError, match="multiple of the number of devices, 4, got 6"):
         compile_step(step, 4)(state, x_0[:6], jnp.arange(6))
 
 
