@@ -14,8 +14,8 @@ predicts a fraction:
 
     log c^2 = (1 - fraction) log w + fraction log W                                 (16)  [Nichol & Dhariwal 2021, eq. 15]
 
-At t = 1, where w is 0, the w of t = 2 replaces it (W if T = 1), as in the authors' code. "fixed_large", which
-that code and published results use, is "upper_bound" with the w of t = 2 at t = 1.
+At t = 1, where w is 0, the w of t = 2 replaces it (W if T = 1), as in the authors' code. "fixed_large", which that code and
+published results use, is "upper_bound" with the w of t = 2 at t = 1.
 
 A network with a learned variance returns a pair: its target, and a fraction for each element. Results are in bits (nats
 divided by log 2) unless a docstring says nats.
@@ -204,8 +204,8 @@ def flow_bits(
     """An upper bound on -log P(x_0) in bits, in expectation over keys, for x_0 of the 256 levels from -1 to 1.
 
     Dequantizes x_0 with the noise of t = 1, v = x_0 + sigma_1 eps, and decodes v with the last step of ancestral sampling [Ho
-    et al. 2019, eq. 12]: -log p(v) + log q(v | x_0) + L_0, with p from `flow_log_density`. Uniform
-    dequantization would cost about log2(127.5 sigma_1 sqrt(2 pi)) bits per element if sigma_1 is far above a level.
+    et al. 2019, eq. 12]: -log p(v) + log q(v | x_0) + L_0, with p from `flow_log_density`. Uniform dequantization
+    would cost about log2(127.5 sigma_1 sqrt(2 pi)) bits per element if sigma_1 is far above a level.
     """
     x_0 = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
     spread_keys, trace_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)

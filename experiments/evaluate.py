@@ -94,7 +94,8 @@ def bound(config: Config, run: SavedRun, params: PyTree, data: ImageData) -> tup
 
     Padding is not counted. Each term is estimated on test images drawn for it; conditional runs are given the class.
     """
-    options, schedule = run.config, run.schedule  # the bound of "zero" is infinite
+    options, schedule = run.config, run.schedule
+    # The bound of "zero" is infinite.
     sigma_type = "lower_bound" if options.sigma_type == "zero" else options.sigma_type
     key = random_key(config.seed)
 
