@@ -40,8 +40,8 @@ def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array
 @partial(matmul.defjvp, symbolic_zeros=True)
 def _(primals, tangents):
     (x, kernel), (dx, dkernel) = primals, tangents
-    along_x: Any = 0.0 if is_zero(dx) else dx @ kernel
-    along_kernel: Any = 0.0 if is_zero(dkernel) else _product_with_tangent(x, dkernel)
+    along_x: Any = 0.0 if isinstance(dx, SymbolicZero) else dx @ kernel
+    along_kernel: Any = 0.0 if isinstance(dkernel, SymbolicZero) else _product_with_tangent(x, dkernel)
     return x @ kernel, along_x + along_kernel
 
 
@@ -72,8 +72,8 @@ def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Floa
 @partial(conv3x3.defjvp, symbolic_zeros=True)
 def _(primals, tangents):
     (x, kernel), (dx, dkernel) = primals, tangents
-    along_x: Any = 0.0 if is_zero(dx) else _convolution_of_tangent(dx, kernel)
-    along_kernel: Any = 0.0 if is_zero(dkernel) else _convolution_with_tangent(x, dkernel)
+    along_x: Any = 0.0 if isinstance(dx, SymbolicZero) else _convolution_of_tangent(dx, kernel)
+    along_kernel: Any = 0.0 if isinstance(dkernel, SymbolicZero) else _convolution_with_tangent(x, dkernel)
     return conv3x3(x, kernel), along_x + along_kernel
 
 
@@ -95,11 +95,6 @@ def _convolution_with_tangent(x, dkernel):
     blocks = _rows_gathered(x).reshape(count, images * height * width, 3 * channels)
     products = _by_blocks(blocks, _as_matrix(dkernel)).reshape(count, 3 * features, images, height, width)
     return _columns_added(products, 1, 4).swapaxes(0, 1).reshape(features, *x.shape[:3]).transpose(1, 2, 3, 0)
-
-
-def is_zero(tangent: Any) -> bool:
-    """Whether a tangent is a symbolic zero, which needs no computation."""
-    return isinstance(tangent, SymbolicZero)
 
 
 def _xla_is_faster(x: Array) -> bool:

@@ -31,11 +31,7 @@ def sharded_by_xla(call: Callable) -> Callable:
         if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
             return call(self, x_t, t, labels, s)
         if self.is_initializing():  # parameters depend on shapes alone
-
-            def zeros(x):
-                return None if x is None else jnp.zeros(x.shape, x.dtype)
-
-            return call(self, zeros(x_t), zeros(t), zeros(labels), zeros(s))
+            return call(self, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (x_t, t, labels, s)))
         apply: Any = jax.sharding.auto_axes(self.clone(parent=None).apply, out_sharding=sharding)
         return apply(self.variables, x_t, t, labels, s)
 

@@ -222,18 +222,12 @@ def _pair(output: object) -> tuple[Array, Array]:
     return with_fraction(output)  # pyright: ignore[reportReturnType]
 
 
-def _step_tables(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """w, m and log(W / w) of eqs. 15-16 for t = 1..T, in float64."""
+def _terms(schedule: NoiseSchedule, x_0: Array, x_0_hat: Array, t: Array, fraction: ArrayLike) -> Float[Array, "B *shape"]:
+    """L_{t-1} of each element, in bits (eqs. 14-16)."""
     times = np.arange(1, schedule.num_timesteps + 1)
     _, m, w, unknown = posterior_coefficients(schedule, times, times - 1)
     w[0] = w[1] if len(w) > 1 else unknown[0]
-    return w, m, np.log(unknown / w)
-
-
-def _terms(schedule: NoiseSchedule, x_0: Array, x_0_hat: Array, t: Array, fraction: ArrayLike) -> Float[Array, "B *shape"]:
-    """L_{t-1} of each element, in bits (eqs. 14-16)."""
-    w, m, log_range = _step_tables(schedule)
-    columns = (m**2 / w, np.sqrt(w), log_range)
+    columns = (m**2 / w, np.sqrt(w), np.log(unknown / w))
     error_weight, deviation, log_range = (as_column(look_up(column, t - 1, x_0), x_0.ndim) for column in columns)
     delta = log_range * fraction
     divergence = (delta + jnp.expm1(-delta) + jnp.exp(-delta) * error_weight * (x_0 - x_0_hat) ** 2) / 2

@@ -33,7 +33,6 @@ from diffusion_jax.diffusion import (
 )
 from diffusion_jax.schedules import NoiseSchedule
 
-LossType = Literal["l2", "l1"]
 TimeDensity = Literal["uniform", "log_normal", "logit_normal", "importance"]
 LOG_SIGMA_MEAN, LOG_SIGMA_DEVIATION = -1.2, 1.2
 
@@ -72,7 +71,7 @@ def loss_at(
     "l2" is half the squared error, "l1" the absolute error. Raises ValueError on an unknown type, or unless eps and the
     prediction have x_0's shape.
     """
-    check_choice("loss_type", loss_type, get_args(LossType))
+    check_choice("loss_type", loss_type, ("l2", "l1"))
     p, q = target_columns(target_type, *signal_and_noise(schedule, t, x_0))
     prediction, _ = with_fraction(predict(q_sample(schedule, x_0, t, eps), t))
     check_shape("prediction", prediction, x_0)

@@ -12,7 +12,7 @@ values, and in the last steps, where a higher order gains nothing.
 """
 
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,7 +21,6 @@ from diffusion_jax.diffusion import check_choice
 from diffusion_jax.sampling import MEMORY, SamplerTable, Steps, as_times, ddim_steps, make_table
 from diffusion_jax.schedules import NoiseSchedule
 
-Variable = Literal["log_snr", "signal"]
 LARGEST_RATIO = 10.0
 NO_SIGNAL = 25.0  # without signal, lambda is -infinity: use this much less than the lowest finite lambda
 POINTS, POINT_WEIGHTS = np.polynomial.legendre.leggauss(48)  # Gauss-Legendre quadrature on [-1, 1]
@@ -50,7 +49,7 @@ def unipc_table(
     at few network calls with the spacing "flow". Do not use it with a spacing that puts many steps where there is little
     signal. Raises ValueError on an unknown variable or order, or on steps outside 1..T.
     """
-    check_choice("variable", variable, get_args(Variable))
+    check_choice("variable", variable, ("log_snr", "signal"))
     return multistep_table(schedule, as_times(schedule, sampling_timesteps), 0.0, order, corrects=True, variable=variable)
 
 

@@ -5,7 +5,6 @@ python experiments/coins.py
 
 import support.terminal  # isort: skip  # noqa: F401
 
-import dataclasses
 import sys
 
 import jax
@@ -26,14 +25,6 @@ TARGET_TYPE = "pred_v"  # with the original's pred_x_0, samples have 42.6 ± 1.8
 NUM_SHOWN = 2000
 
 
-@dataclasses.dataclass(frozen=True)
-class Config(vectors.Config):
-    embed_dim: int = 96
-    learning_rate: float = 1e-3
-    workdir: str = "runs/coins"
-    """Folder of the run. Repeat the command to continue it."""
-
-
 def draw_coins(key: Key[Array, ""]) -> Float[Array, " 48"]:
     """1 for each head and -1 for each tail, in a random order."""
     return jax.random.permutation(key, jnp.where(jnp.arange(COINS) < HEADS, 1.0, -1.0).astype(jnp.float32))
@@ -42,7 +33,7 @@ def draw_coins(key: Key[Array, ""]) -> Float[Array, " 48"]:
 def main() -> None:
     prepare_machine()
     with one_line_errors():
-        config = parse_command_line(Config(), __doc__)
+        config = parse_command_line(vectors.Config(embed_dim=96, learning_rate=1e-3, workdir="runs/coins"), __doc__)
         schedule = dj.cosine_schedule(NUM_TIMESTEPS)
         workdir, train = vectors.set_up(config, draw_coins, schedule, TARGET_TYPE)
 

@@ -19,7 +19,7 @@ import numpy as np
 import diffusion_jax as dj
 from diffusion_jax.sampling import Spacing
 from support import model
-from support.command_line import check_values, one_line_errors, parse_command_line, require
+from support.command_line import one_line_errors, parse_command_line, require
 from support.distances import frechet_distance
 from support.feature_spaces import feature_spaces
 from support.figures import save_curves
@@ -64,7 +64,6 @@ def main() -> None:
     prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
-        check_values(config)
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         require(bool(config.calls) or config.all_steps, "calls", "none", "one or more numbers, or --all-steps")
         run = open_run(config.workdir)

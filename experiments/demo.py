@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from tqdm import tqdm
 
-from support.command_line import check_values, one_line_errors, parse_command_line, require
+from support.command_line import one_line_errors, parse_command_line, require
 from support.live import PARTS, SHARES, WAYS, Frames, complete, draw_digits, go_between, make_walk
 from support.machine import prepare_machine
 from support.pictures import as_html, tile, to_pixels
@@ -42,7 +42,6 @@ def main() -> None:
     prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
-        check_values(config)
         gradio = load_gradio()
         run = open_run(config.workdir)
         require(is_free(config.host, config.port), "port", config.port, f"a free one on {config.host}")

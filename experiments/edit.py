@@ -10,7 +10,6 @@ import support.terminal  # isort: skip  # noqa: F401
 import dataclasses
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
@@ -21,7 +20,7 @@ from jaxtyping import Array, Float, PyTree
 import diffusion_jax as dj
 from diffusion_jax.sampling import Spacing
 from support import model
-from support.command_line import check_output, check_values, one_line_errors, parse_command_line, require
+from support.command_line import one_line_errors, output_file, parse_command_line, require
 from support.data import to_model_input
 from support.machine import prepare_machine, random_key
 from support.pictures import save_rows
@@ -60,9 +59,7 @@ def main() -> None:
     prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
-        out = Path(config.out or f"{config.what}.png")
-        check_values(config)
-        check_output(out, ".png")
+        out = output_file(config.out or f"{config.what}.png", ".png")
         run = open_run(config.workdir)
         check_denoises(run)
         schedule, num_timesteps = run.schedule, run.config.num_timesteps

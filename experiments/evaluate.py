@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import diffusion_jax as dj
 from support import model
-from support.command_line import check_values, one_line_errors, parse_command_line, require
+from support.command_line import one_line_errors, parse_command_line, require
 from support.data import ImageData, to_model_input
 from support.feature_spaces import feature_spaces
 from support.figures import save_bound_figure
@@ -44,15 +44,12 @@ class Config(Sampling):
     """Test images, 2 or more, for each t of the variational bound (ten times as many at t <= 10); 0 skips it."""
     likelihood_images: int = 0
     """Test images for the likelihood by the probability flow; 0 skips it."""
-    seed: int = 0
-    """Random seed."""
 
 
 def main() -> None:
     prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
-        check_values(config)
         require(config.num_samples >= 100, "num_samples", config.num_samples, "at least 100")
         run = open_run(config.workdir)
         check_guidance(run, config.guidance_scale)

@@ -7,10 +7,9 @@ import support.terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Literal
 
-from support.command_line import check_output, check_values, one_line_errors, parse_command_line
+from support.command_line import one_line_errors, output_file, parse_command_line
 from support.exported import SUFFIX, write_model
 from support.machine import prepare_machine
 from support.model import DTYPES
@@ -31,9 +30,7 @@ def main() -> None:
     prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
-        out = Path(config.out)
-        check_values(config)
-        check_output(out, SUFFIX)
+        out = output_file(config.out, SUFFIX)
         run = open_run(config.workdir)
         state = run.restore(config.checkpoint)
         write_model(out, run.config, state.ema_params, int(state.step), DTYPES[config.dtype])

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from jaxtyping import Float
 
-from support.command_line import check_values, one_line_errors, parse_command_line, require
+from support.command_line import one_line_errors, parse_command_line, require
 from support.data import load_dataset
 from support.feature_spaces import feature_spaces
 from support.judging import as_table, comparable, judge, to_bytes
@@ -38,7 +38,6 @@ def main() -> None:
     prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(tyro.MISSING), __doc__)
-        check_values(config)
         samples = read_samples(config.samples)
         size, channels = samples.shape[2:]
         train, test = (load_dataset(config.dataset, config.data_dir, split, size, channels) for split in ("train", "test"))

@@ -7,7 +7,6 @@ python experiments/mixture.py
 
 import support.terminal  # isort: skip  # noqa: F401
 
-import dataclasses
 import sys
 from functools import partial
 
@@ -31,12 +30,6 @@ TARGET_TYPE = partial(edm_target, sigma_data=1.0)  # minus v; pred_eps would div
 NUM_SHOWN = 2000
 
 
-@dataclasses.dataclass(frozen=True)
-class Config(vectors.Config):
-    workdir: str = "runs/mixture"
-    """Folder of the run. Repeat the command to continue it."""
-
-
 def draw_mixture(key: Key[Array, ""]) -> Float[Array, " 2"]:
     """A point of 1/2 N((-5, 0), I) + 1/2 N((5, 0), I), divided by its standard deviations sqrt(26) and 1."""
     side_key, normal_key = jax.random.split(key)
@@ -48,7 +41,7 @@ def draw_mixture(key: Key[Array, ""]) -> Float[Array, " 2"]:
 def main() -> None:
     prepare_machine()
     with one_line_errors():
-        config = parse_command_line(Config(), __doc__)
+        config = parse_command_line(vectors.Config(workdir="runs/mixture"), __doc__)
         schedule = dj.cosine_schedule(NUM_TIMESTEPS)
         table = dj.ancestral_table(schedule)
         fast_table = dj.ancestral_table(schedule, sampling_timesteps=FAST_TIMESTEPS)

@@ -7,12 +7,11 @@ import support.terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from support import model
-from support.command_line import check_output, check_values, one_line_errors, parse_command_line, require
+from support.command_line import one_line_errors, output_file, parse_command_line, require
 from support.machine import prepare_machine, random_key
 from support.pictures import grid, save_picture
 from support.saved_run import Sampling, check_guidance, open_run, sampler_table
@@ -24,8 +23,6 @@ class Config(Sampling):
     """Number of samples; by default 64, or one for each label."""
     labels: tuple[int, ...] = ()
     """Classes to cycle through, for conditional runs; by default all."""
-    seed: int = 0
-    """Random seed."""
     out: str = "samples.png"
     """Output file: .png for a grid, .npy for float32 [N, H, W, C] in [-1, 1]."""
 
@@ -34,10 +31,8 @@ def main() -> None:
     prepare_machine()
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
-        out = Path(config.out)
         count = (len(config.labels) or 64) if config.num_samples is None else config.num_samples
-        check_values(config)
-        check_output(out, ".png", ".npy")
+        out = output_file(config.out, ".png", ".npy")
         run = open_run(config.workdir)
         for label in config.labels if run.config.num_classes else ():
             require(0 <= label < run.config.num_classes, "labels", label, f"between 0 and {run.config.num_classes - 1}")

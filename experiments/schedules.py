@@ -7,9 +7,8 @@ import support.terminal  # isort: skip  # noqa: F401
 
 import dataclasses
 import sys
-from pathlib import Path
 
-from support.command_line import check_output, check_values, one_line_errors, parse_command_line
+from support.command_line import one_line_errors, output_file, parse_command_line
 from support.figures import save_schedules_figure
 from support.model import SCHEDULES
 
@@ -25,9 +24,7 @@ class Config:
 def main() -> None:
     with one_line_errors():
         config = parse_command_line(Config(), __doc__)
-        out = Path(config.out)
-        check_values(config)
-        check_output(out, ".png")
+        out = output_file(config.out, ".png")
         save_schedules_figure(out, {name: make(config.num_timesteps) for name, make in SCHEDULES.items()})
     print(f"wrote {out}", file=sys.stderr)
 

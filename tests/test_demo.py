@@ -21,7 +21,7 @@ from runs import EXPERIMENTS, finish, start, wait_for
 from demo import shown
 from support import live, model
 from support.config import Config
-from support.saved_run import SavedRun
+from support.saved_run import Sampling, SavedRun, sampler_table
 
 TINY_RUN = Config(network="dit", embed_dim=4, depth=1, patch_size=8, num_timesteps=12)
 KINDS = {
@@ -77,7 +77,7 @@ def test_the_page_draws_what_sample_py_draws(pages, kind, sampler, labels, guida
     run, params, walk = pages(kind)
     drawn = last(live.draw_digits(run, walk, labels, sampler, 5, guidance, 6))
     asked = np.resize(sorted(labels), 20) if labels else model.labels_in_turn(run.config, 20)
-    table = live.table_of(run, sampler, 5)
+    table = sampler_table(Sampling(sampler=sampler, sampling_timesteps=5), run)
     expected = run.draw(params, table, jax.random.key(6, impl="threefry2x32"), asked, guidance)
     np.testing.assert_allclose(np.clip(drawn, -1, 1), expected, atol=2e-4)
     assert np.ptp(drawn, axis=0).max() > 0.1

@@ -245,7 +245,7 @@ def test_more_calls_than_timesteps_are_refused(sampler):
 
 
 def test_a_run_whose_network_was_told_t_is_not_taken_for_one_that_is_told_the_log_snr(tmp_path):
-    config = mixture.Config(workdir=str(tmp_path))
+    config = vectors.Config(workdir=str(tmp_path))
     old = dataclasses.asdict(config) | {"data": "draw_mixture"}
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(ValueError, match="time_input t, and this command has log_snr"):

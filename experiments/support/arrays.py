@@ -41,15 +41,11 @@ def read_arrays(file: Path) -> tuple[UInt8[np.ndarray, "N S S C"], Int[np.ndarra
     images = images[..., None] if images.ndim == 3 else images
     right = images.dtype == np.uint8 and images.ndim == 4 and len(images) > 0
     if not right or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
-        raise ValueError(f"--dataset must be {WANTED}; {file} has {', '.join(map(described, found.items())) or 'nothing'}")
+        has = ", ".join(f"{name}: {array.dtype} {list(array.shape)}" for name, array in found.items()) or "nothing"
+        raise ValueError(f"--dataset must be {WANTED}; {file} has {has}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
         raise ValueError(f"--dataset must have labels that are whole numbers from 0, one for each image; {file} has others")
     return images, labels
-
-
-def described(item: tuple[str, np.ndarray]) -> str:
-    name, array = item
-    return f"{name}: {array.dtype} {list(array.shape)}"
 
 
 def checksum(images: np.ndarray, labels: np.ndarray) -> int:

@@ -6,36 +6,29 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 import diffusion_jax as dj
 from diffusion_jax.training import replicate
 from support.arrays import RowsOnDisk
 
 
-def placed(data: PyTree) -> PyTree:
-    """The arrays on all devices, unless one of them is in a file."""
-    return data if in_a_file(data) else replicate(data, jax.devices())
-
-
-def in_a_file(data: PyTree) -> bool:
-    return any(isinstance(x, RowsOnDisk) for x in jax.tree.leaves(data))
-
-
 def make_step(
     loss_fn: Callable, data: PyTree, key: Key[Array, ""], seed: int, batch_size: int, ema_decay: float
 ) -> Callable[[dj.TrainState, int], tuple[dj.TrainState, dict[str, Array]]]:
-    """step(state, number) -> (state, metrics), on all devices. A batch is rows of the `placed` arrays, shuffled by `seed`.
+    """step(state, number) -> (state, metrics), on all devices. A batch is rows of the arrays `data`, shuffled by `seed`.
 
-    If arrays are in a file, the host reads the rows of each batch, and passes only these.
+    The devices keep the arrays. If some are in a file, the host reads the rows of each batch, and passes only these.
     """
+    in_a_file = any(isinstance(x, RowsOnDisk) for x in jax.tree.leaves(data))
+    data = data if in_a_file else replicate(data, jax.devices())
     step = training_step(loss_fn, key, batch_size, ema_decay)
     compiled = dj.over_devices(step, (None, None, 0, 0), None, jax.devices(), donate_argnums=(0,))
     count, examples = len(jax.tree.leaves(data)[0]), jnp.arange(batch_size, dtype=jnp.int32)
 
     def numbered_step(state, number):
         indices = batch_indices(seed, number, batch_size, count)
-        if in_a_file(data):
+        if in_a_file:
             return compiled(state, jax.tree.map(lambda x: x[indices], data), examples, examples)
         return compiled(state, data, indices, examples)
 
@@ -58,6 +51,11 @@ def training_step(loss_fn: Callable, key: Key[Array, ""], batch_size: int, ema_d
         return dj.train_step(state, (rows, u), keys, loss_fn=loss_fn, ema_decay=ema_decay, mean_over_devices=mean_over_devices)
 
     return step
+
+
+def uniform(keys: Key[Array, " B"], number: int) -> Float[Array, " B"]:
+    """A number on [0, 1) from each key, with another result for each `number`."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (), jnp.float32))(keys)
 
 
 def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int[np.ndarray, " batch_size"]:

@@ -38,7 +38,10 @@ warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def parse_command_line(default: Config, description: str | None, args: Sequence[str] | None = None) -> Config:
-    """The config given on the command line, with the defaults of `default`. Exits with one line on a wrong option."""
+    """The config given on the command line, with the defaults of `default`. Exits with one line on a wrong option.
+
+    Raises ValueError on the first value that ALLOWED does not permit.
+    """
     messages = io.StringIO()
     description = description and description.replace("\npython", "\n\npython")  # a paragraph each, which tyro keeps apart
     if os.environ.get("NO_COLOR"):  # https://no-color.org, of which tyro knows only the other way to say it
@@ -54,7 +57,9 @@ def parse_command_line(default: Config, description: str | None, args: Sequence[
     groups = [given] if parts is default else vars(given).values()
     values = {name: value for group in groups for name, value in vars(group).items()}
     home = {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name)}
-    return type(default)(**values | home)
+    config = type(default)(**values | home)
+    check_values(config)
+    return config
 
 
 def _in_groups(config: Any) -> Any:
@@ -100,12 +105,14 @@ def check_values(config: Any) -> None:
             require(holds(value), name, value, allowed)
 
 
-def check_output(out: Path, *suffixes: str) -> None:
-    """Raise ValueError unless `out` can be written and ends in one of the suffixes."""
+def output_file(name: str, *suffixes: str) -> Path:
+    """The path of that name. Raises ValueError unless it can be written and ends in one of the suffixes."""
+    out = Path(name)
     require(out.suffix.lower() in suffixes, "out", out, f"a file that ends in {' or '.join(suffixes)}")
     require(out.parent.is_dir(), "out", out, "in a folder that exists")
     writable = os.access(out if out.exists() else out.parent, os.W_OK)
     require(writable and not out.is_dir(), "out", out, "a file that can be written")
+    return out
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:

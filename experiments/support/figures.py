@@ -14,7 +14,9 @@ from support.pictures import tile, to_pixels
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+plt.rcParams["axes.titlesize"] = 10
 PERCENTS = (100, 75, 50, 25, 0)
+BARE: Any = {"xticks": (), "yticks": ()}
 
 
 def save_noise_figure(file: Path, real: np.ndarray, path: np.ndarray) -> None:
@@ -25,7 +27,7 @@ def save_noise_figure(file: Path, real: np.ndarray, path: np.ndarray) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(1.5 * len(panels), 1.5 * height / width + 0.3))
     for axis, (title, _), raster in zip(axes, panels, rasters, strict=True):
         axis.imshow(raster, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title)
         axis.axis("off")
     _save(figure, file)
 
@@ -39,11 +41,9 @@ def save_training_figure(file: Path, metrics: np.ndarray, learning_rate: Callabl
         medians = [np.median(values[max(i - width, 0) : i + width + 1]) for i in range(len(values))]
         axis.semilogy(steps, values, color="tab:blue", alpha=0.25)
         axis.semilogy(steps, medians, color="tab:blue")
-        axis.set_title(name.replace("grad_norm", "norm of the gradient"), fontsize=10)
     axes[2].plot(steps, [float(learning_rate(step - 1)) for step in steps])
-    axes[2].set_title("learning rate", fontsize=10)
-    for axis in axes:
-        axis.set_xlabel("step")
+    for axis, title in zip(axes, ("loss", "norm of the gradient", "learning rate"), strict=True):
+        axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     _save(figure, file)
 
@@ -61,8 +61,7 @@ def save_schedules_figure(file: Path, schedules: dict[str, NoiseSchedule]) -> No
             axis.plot(times, values, label=name)
     titles = (r"variance of a step, $\beta_{t|t-1}$", "signal", "noise", "log-SNR")
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("t / T")
+        axis.set(title=title, xlabel="t / T")
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
     axes[2].set_yscale("log")
@@ -75,35 +74,33 @@ def save_mixture_figure(file: Path, data: np.ndarray, path: np.ndarray, fast_pat
     panels = [("data", data)]
     panels += [(f"t = {t}", points) for t, points in enumerate(path)]
     panels += [(f"{len(fast_times) - 1} steps, t = {t}", points) for t, points in zip(fast_times, fast_path, strict=True)]
-    figure, axes = plt.subplots(4, 4, figsize=(10, 10))
+    figure, axes = plt.subplots(4, 4, figsize=(10, 10), subplot_kw=BARE)
     for axis, (title, points) in zip(axes.flat, panels, strict=True):
         axis.hist2d(points[:, 0], points[:, 1], bins=80, range=[(-3, 3), (-4, 4)], cmap="magma")
-        axis.set_title(title, fontsize=10)
-    _hide_all(axes)
+        axis.set_title(title)
     _save(figure, file)
 
 
 def save_score_figure(file: Path, grid: np.ndarray, scores: np.ndarray, density: np.ndarray) -> None:
     """The learned score at t = 1, 2, ... as arrows (of equal scale in a panel) over a histogram of the samples at that t."""
     columns = 5
-    figure, axes = plt.subplots(-(-len(scores) // columns), columns, figsize=(12, 5.6), squeeze=False)
+    figure, axes = plt.subplots(-(-len(scores) // columns), columns, figsize=(12, 5.6), squeeze=False, subplot_kw=BARE)
     for t, (axis, score, points) in enumerate(zip(axes.flat, scores, density, strict=False), start=1):
         axis.hist2d(points[:, 0], points[:, 1], bins=60, range=[(-3, 3), (-3, 3)], cmap="Blues")
         axis.quiver(grid[:, 0], grid[:, 1], score[:, 0], score[:, 1], width=0.004)
-        axis.set_title(f"t = {t}", fontsize=10)
-    _hide_all(axes)
+        axis.set_title(f"t = {t}")
     _save(figure, file)
 
 
 def save_paths_figure(file: Path, paths: dict[str, np.ndarray]) -> None:
     """Histograms of the samples at every other t from noise to data, a row for each path."""
     steps = range(len(next(iter(paths.values()))) - 1, -1, -2)
-    figure, axes = plt.subplots(len(paths), len(steps), figsize=(2 * len(steps), 2.2 * len(paths)), squeeze=False)
+    size = (2 * len(steps), 2.2 * len(paths))
+    figure, axes = plt.subplots(len(paths), len(steps), figsize=size, squeeze=False, subplot_kw=BARE)
     for row, (name, path) in zip(axes, paths.items(), strict=True):
         for axis, t in zip(row, steps, strict=True):
             axis.hist2d(path[t][:, 0], path[t][:, 1], bins=80, range=[(-3, 3), (-4, 4)], cmap="magma")
             axis.set_title(f"{name}, t = {t}", fontsize=9)
-    _hide_all(axes)
     _save(figure, file)
 
 
@@ -123,11 +120,8 @@ def save_bound_figure(file: Path, bits: np.ndarray) -> None:
     """The terms of the variational bound, in bits per dimension: L_0 to L_{T-1}, and L_T in the title with the sum."""
     figure, axis = plt.subplots(figsize=(6, 3.2))
     axis.loglog(np.arange(1, len(bits)), np.maximum(bits[:-1], 1e-7), ".", markersize=3)
-    axis.set_xlabel("t")
-    axis.set_ylabel("bits per dimension")
-    axis.set_title(
-        f"terms of the bound: {bits.sum():.3f} in all, of which L_0 {bits[0]:.3f} and L_T {bits[-1]:.1e}", fontsize=10
-    )
+    title = f"terms of the bound: {bits.sum():.3f} in all, of which L_0 {bits[0]:.3f} and L_T {bits[-1]:.1e}"
+    axis.set(title=title, xlabel="t", ylabel="bits per dimension")
     axis.grid(alpha=0.3)
     _save(figure, file)
 
@@ -142,25 +136,16 @@ def save_curves(file: Path, curves: dict[str, dict[str, dict[Any, Any]]], floors
             axis.plot(x, [np.mean(curve[at]) for at in x], "o-", markersize=3, linewidth=1, label=name)
         axis.axhline(float(np.mean(floor)), color="gray", linestyle=":", label="test images")
         axis.set(xscale="log", yscale="log", title=space, xlabel=xlabel, ylabel="Frechet distance")
-        axis.title.set_fontsize(10)
         for numbers in (axis.xaxis, axis.yaxis):
             numbers.set_major_locator(LogLocator(subs=(1, 2, 5)))
             numbers.set_major_formatter("{x:g}")
             numbers.set_minor_formatter("")
         axis.grid(alpha=0.3)
-    figure.tight_layout(pad=0.4, rect=(0, 0.18 / rows, 1, 1))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    _save(figure, file, rect=(0, 0.18 / rows, 1, 1))
 
 
-def _hide_all(axes: np.ndarray) -> None:
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-
-
-def _save(figure, file: Path) -> None:
-    figure.tight_layout(pad=0.4)
+def _save(figure, file: Path, rect: tuple[float, float, float, float] = (0, 0, 1, 1)) -> None:
+    figure.tight_layout(pad=0.4, rect=rect)
     figure.savefig(file, dpi=120)
     plt.close(figure)

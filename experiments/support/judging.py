@@ -19,9 +19,7 @@ DRAWS, MOST, LARGEST = 3, 60_000, 32
 
 def comparable(data: ImageData) -> ImageData:
     """The images as they are judged: at most MOST, which a fixed seed chooses, and scaled to LARGEST if they are larger."""
-    rows = np.arange(len(data.images))
-    if len(rows) > MOST:
-        rows = np.sort(np.random.default_rng(0).permutation(rows)[:MOST])
+    rows = np.sort(np.random.default_rng(0).permutation(len(data.images))[:MOST])
     parts = [scaled_down(data.images[rows[first : first + 1000]]) for first in range(0, len(rows), 1000)]
     return data._replace(images=np.concatenate(parts), labels=data.labels[rows])
 

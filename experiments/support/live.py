@@ -70,7 +70,7 @@ def draw_digits(
     """The samples that sample.py draws with these options. Raises ValueError on a missing or invalid number."""
     check_numbers(sampling_timesteps=calls, guidance_scale=guidance, seed=seed)
     check_guidance(run, guidance)
-    table = table_of(run, sampler, calls)
+    table = sampler_table(Sampling(sampler=sampler, sampling_timesteps=calls), run)
     wanted = np.resize(sorted(labels), COUNT) if labels else model.labels_in_turn(run.config, COUNT)
     return walk(table, seed, Wish(wanted, None if guidance == 1 else np.asarray(guidance, np.float32)))
 
@@ -96,7 +96,7 @@ def go_between(run: SavedRun, walk: Callable, first: int, first_seed: int, last:
     check_numbers(seed=first_seed)
     check_numbers(seed=last_seed)
     require(not (run.config.conditional and None in (first, last)), "labels", "none", "a class for each end")
-    table = table_of(run)
+    table = sampler_table(Sampling(), run)
     keys = [dj.example_keys(random_key(seed), jnp.arange(1)) for seed in (first_seed, last_seed)]
     ends = [first_state(table, key, model.image_shape(run.config))[0][0] for key in keys]
     x_t = jnp.stack([dj.spherical(ends[0], ends[1], share) for share in SHARES])
@@ -104,10 +104,6 @@ def go_between(run: SavedRun, walk: Callable, first: int, first_seed: int, last:
         return walk(table, 0, Wish(np.full(len(SHARES), run.config.num_classes)), x_t)
     firsts, lasts = (np.full(len(SHARES), label) for label in (first, last))
     return walk(table, 0, Wish(lasts, SHARES[:, None, None, None], firsts), x_t)
-
-
-def table_of(run: SavedRun, sampler: Sampler | None = None, calls: int | None = None) -> dj.SamplerTable:
-    return sampler_table(Sampling(sampler=sampler, sampling_timesteps=calls), run)
 
 
 def check_numbers(**values: float | None) -> None:

@@ -22,7 +22,8 @@ def prepare_machine() -> None:
     keep_compiled_programs()
     if only_cpus():
         keep_freed_memory()
-    fix_random_numbers()
+    jax.config.update("jax_threefry_partitionable", True)  # whatever JAX's environment variables say
+    jax.config.update("jax_random_seed_offset", 0)
 
 
 def only_cpus() -> bool:
@@ -44,12 +45,6 @@ def why_no_device() -> str | None:
 def random_key(seed: int) -> Key[Array, ""]:
     """The key of `seed`. Under other implementations (JAX_DEFAULT_PRNG_IMPL) what an example draws depends on its batch."""
     return jax.random.key(seed, impl="threefry2x32")
-
-
-def fix_random_numbers() -> None:
-    """The same key gives the same numbers, whatever JAX's environment variables say."""
-    jax.config.update("jax_threefry_partitionable", True)
-    jax.config.update("jax_random_seed_offset", 0)
 
 
 def keep_compiled_programs() -> None:

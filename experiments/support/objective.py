@@ -14,6 +14,7 @@ import diffusion_jax as dj
 from diffusion_jax.flow_map import adaptively_weighted, guided_velocity, jump_target, mean_flow_loss
 from diffusion_jax.losses import draw_times, time_density
 from support import batches, model
+from support.batches import uniform
 from support.config import Config
 from support.data import ImageData, to_model_input
 from support.saved_run import solver_table
@@ -39,7 +40,7 @@ def make_step(
         else:
             make = make_mean_flow_loss if config.loss_type == "mean_flow" else make_loss
             loss, arrays = make(config, schedule), (data.images, data.labels.astype(np.int32))
-        return batches.make_step(loss, batches.placed(arrays), key, config.seed, config.batch_size, config.ema_decay)
+        return batches.make_step(loss, arrays, key, config.seed, config.batch_size, config.ema_decay)
 
     return lambda state, number: compiled()(state, number)
 
@@ -47,12 +48,9 @@ def make_step(
 def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
     """loss_fn(params, ((images, labels), u), keys) -> the loss of each example. u determines t if the run is stratified."""
     weight = dj.min_snr_weight(schedule, config.target_type) if config.loss_weighting == "min_snr" else None
-    losses = {
-        "hybrid": partial(dj.hybrid_loss, weight=weight),
-        **{name: partial(dj.diffusion_loss, loss_type=name, weight=weight) for name in ("l2", "l1")},
-    }
-    # the bound within the hybrid loss is right for uniform t only
-    drawn_by_keys = config.loss_type == "hybrid" or (config.time_density == "uniform" and not config.stratified)
+    hybrid = config.loss_type == "hybrid"  # the bound within this loss is right for uniform t only
+    loss = dj.hybrid_loss if hybrid else partial(dj.diffusion_loss, loss_type=config.loss_type)
+    drawn_by_keys = hybrid or (config.time_density == "uniform" and not config.stratified)
     probabilities = time_density(schedule, config.time_density)
 
     def loss_fn(params, batch, keys):
@@ -64,7 +62,7 @@ def make_loss(config: Config, schedule: dj.NoiseSchedule) -> Callable:
         if not config.stratified:
             u = uniform(keys, 3)
         t = None if drawn_by_keys else draw_times(probabilities, u)
-        return losses[config.loss_type](schedule, predict, x_0, keys, config.target_type, t=t)
+        return loss(schedule, predict, x_0, keys, config.target_type, weight=weight, t=t)
 
     return loss_fn
 
@@ -119,10 +117,8 @@ def trajectories(
     teacher, table = dataclasses.replace(config, loss_type="l2"), teacher_table(schedule)
     draw = model.make_sampler(teacher, schedule, dj.sample_trajectory, config.training_guidance)
     classes = np.arange(count) % (config.num_classes + 1) if config.conditional else np.full(count, config.num_classes)
-    parts = []
-    for first in tqdm(range(0, count, BATCH), "trajectories", unit="batch"):
-        path = draw(params, table, key, classes[first : first + BATCH], first)
-        parts.append(path.swapaxes(0, 1).astype(np.float16))
+    firsts = tqdm(range(0, count, BATCH), "trajectories", unit="batch")
+    parts = [draw(params, table, key, classes[i : i + BATCH], i).swapaxes(0, 1).astype(np.float16) for i in firsts]
     return np.concatenate(parts), classes.astype(np.int32)
 
 
@@ -135,11 +131,6 @@ def zero_for_a_third(u: Float[Array, " B"]) -> Float[Array, " B"]:
     return jnp.maximum(0.0, (3 * u - 1) / 2)
 
 
-def uniform(keys: Key[Array, " B"], number: int) -> Float[Array, " B"]:
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (), jnp.float32))(keys)
-
-
 def with_dropout(config: Config, labels: Int[Array, " B"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
     """The labels, or with the probability `config.label_dropout` `config.num_classes`, which means no class."""
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), jnp.float32(config.label_dropout)))(keys)
-    return jnp.where(dropped, config.num_classes, labels)
+    return jnp.where(uniform(keys, 2) < config.label_dropout, config.num_classes, labels)

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def to_pixels(x: np.ndarray) -> np.ndarray:
@@ -17,8 +17,7 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
     """[N, H, W, C] to one picture, filled row by row, with black where images run out; [rows * H, columns * W] if C is 1."""
     count, height, width, channels = images.shape
     rows = -(-count // columns)
-    cells = np.zeros((rows * columns, height, width, channels), images.dtype)
-    cells[:count] = images
+    cells = np.pad(images, [(0, rows * columns - count), (0, 0), (0, 0), (0, 0)])
     picture = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = picture.reshape(rows * height, columns * width, channels)
     return picture[..., 0] if channels == 1 else picture
@@ -37,9 +36,8 @@ def grid(samples: np.ndarray) -> np.ndarray:
 def save_rows(file: Path, columns: list[np.ndarray]) -> None:
     """Images in [-1, 1]: row i has the i-th of each column."""
     images = np.stack([to_pixels(column) for column in columns], 1)
-    Image.fromarray(tile(images.reshape(-1, *images.shape[2:]), len(columns))).resize(
-        (len(columns) * images.shape[3] * 2, len(images) * images.shape[2] * 2), Image.Resampling.NEAREST
-    ).save(file)
+    picture = Image.fromarray(tile(images.reshape(-1, *images.shape[2:]), len(columns)))
+    ImageOps.scale(picture, 2, Image.Resampling.NEAREST).save(file)
 
 
 def as_html(picture: np.ndarray, caption: str) -> str:
@@ -53,7 +51,6 @@ def as_html(picture: np.ndarray, caption: str) -> str:
 def save_animation(file: Path, path: np.ndarray) -> None:
     """The samples on their way from noise, `path[-1]`, to x_0, `path[0]`, as a .gif of four seconds that rests at the end."""
     shown = path[np.linspace(len(path) - 1, 0, min(len(path), 50)).round().astype(int)]
-    frames = [Image.fromarray(grid(images)) for images in shown]
-    frames = [frame.resize((2 * frame.width, 2 * frame.height), Image.Resampling.NEAREST) for frame in frames]
+    frames = [ImageOps.scale(Image.fromarray(grid(images)), 2, Image.Resampling.NEAREST) for images in shown]
     durations = [60] * (len(frames) - 1) + [1500]
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -52,6 +52,8 @@ class Sampling(Source):
     """Spacing of steps: even in t or log-SNR, by Karras et al. (2022), or flow, the default of unipc and few calls."""
     eta: float = 0.0
     """Noise of ddim, dpm_solver, dpm_solver_3m, from 0 (none) to 1 (as ancestral sampling, lower bound)."""
+    seed: int = 0
+    """Random seed."""
 
 
 class SavedRun(NamedTuple):
@@ -168,14 +170,13 @@ def solver_table(
     Steps are even in t by default, but UniPC's are spaced as in flow, with a polynomial in the signal, which suits that.
     """
     spacing = spacing or ("flow" if sampler == "unipc" else "time")
-    unipc = partial(dj.unipc_table, order=3, variable="signal" if spacing == "flow" else "log_snr")
     tables = {
         "ancestral": partial(dj.ancestral_table, sigma_type=sigma_type),
         "ddim": partial(dj.ddim_table, eta=eta),
         "dpm_solver": partial(dj.dpm_solver_table, eta=eta),
         "dpm_solver_3m": partial(dj.dpm_solver_table, eta=eta, order=3),
         "heun": dj.heun_table,
-        "unipc": unipc,
+        "unipc": partial(dj.unipc_table, order=3, variable="signal" if spacing == "flow" else "log_snr"),
         "deis": dj.deis_table,
         "consistency": dj.consistency_table,
     }

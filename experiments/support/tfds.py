@@ -71,9 +71,9 @@ def read_prepared(
     if folder is None:
         return None
     with _damage_is_named(name, data_dir, "prepare it again"):
-        builder = read_only_builder.builder_from_directory(folder)
+        builder: Any = read_only_builder.builder_from_directory(folder)
         splits = builder.info.splits
-        image: Any = _features(builder).get("image")
+        image: Any = dict(builder.info.features).get("image")
     shape: tuple[Any, ...] = getattr(image, "shape", ())
     usable = len(shape) == 3 and shape[2] in (1, 3) and image.np_dtype == np.uint8 and "train" in splits
     require(usable, "dataset", name, "a data set of grey or colour images (`image`) with a split `train`")
@@ -92,12 +92,8 @@ def _newest_version(name: str, data_dir: str) -> Path | None:
     return max(versions, key=lambda folder: [int(number) for number in folder.name.split(".")], default=None)
 
 
-def _features(builder: Any) -> dict[str, Any]:
-    return dict(builder.info.features.items())
-
-
 def _num_classes(builder: Any) -> int:
-    return getattr(_features(builder).get("label"), "num_classes", None) or 0
+    return getattr(dict(builder.info.features).get("label"), "num_classes", None) or 0
 
 
 def _read_once(builder, split: str, fit_to: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:

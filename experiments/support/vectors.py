@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 import diffusion_jax as dj
 from diffusion_jax.diffusion import Target
-from support.command_line import check_values
+from support.batches import uniform
 from support.loop import train_in
 from support.machine import random_key
 from support.workdir import open_workdir
@@ -48,7 +48,6 @@ def set_up(
 
     A network that is told the log-SNR is trained at real times, between the rows of the schedule too.
     """
-    check_values(config)
     dim = draw(random_key(0)).shape[0]
     network = dj.MLP(dim, config.embed_dim)
     init_key, train_key = jax.random.split(random_key(config.seed), 4)[:2]
@@ -59,11 +58,7 @@ def set_up(
 
     def loss_fn(params, x_0, keys):
         predict = dj.normalized(schedule, partial(network.apply, {"params": params}), time)
-
-        def between_rows(key):
-            return schedule.num_timesteps * jax.random.uniform(jax.random.fold_in(key, 2), (), jnp.float32)
-
-        t = jax.vmap(between_rows)(keys) if time == "log_snr" else None
+        t = schedule.num_timesteps * uniform(keys, 2) if time == "log_snr" else None
         return dj.diffusion_loss(schedule, predict, x_0, keys, target_type, t=t)
 
     @partial(jax.jit, donate_argnums=0)
