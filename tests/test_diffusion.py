@@ -159,12 +159,12 @@ def test_unknown_choices_are_named(keys):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "target_type"),
-    [(dj.flow_schedule(1), "pred_eps"), (dj.cosine_schedule(8), lambda signal, noise: (signal, noise))],
+    ("schedule", "target_type", "t"),
+    [(dj.flow_schedule(8), "pred_eps", 8), (dj.cosine_schedule(8), lambda signal, noise: (signal, noise), 1)],
     ids=["no signal", "x_t itself"],
 )
-def test_a_target_that_does_not_determine_x_0_is_refused(schedule, target_type):
-    with pytest.raises(ValueError, match="x_0 does not follow from"):
+def test_a_target_that_does_not_determine_x_0_is_refused(schedule, target_type, t):
+    with pytest.raises(ValueError, match=f"x_0 does not follow from .* at t = {t} of this"):
         dj.make_denoiser(schedule, lambda x_t, t: x_t, target_type)
 
 

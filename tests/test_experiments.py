@@ -228,11 +228,12 @@ def test_evaluate_judges_real_images_better_than_those_of_a_run_of_eight_steps(t
 
 
 @pytest.mark.slow
-def test_mixture_draws_its_figures_and_resumes(tmp_path):
-    args = ["--workdir", tmp_path, "--iterations", "30", "--checkpoint-every", "10"]
+def test_mixture_draws_its_figures_and_resumes_in_a_folder_whose_name_is_a_pattern(tmp_path):
+    workdir = tmp_path / "lr[1e-3] a\\b?"
+    args = ["--workdir", workdir, "--iterations", "30", "--checkpoint-every", "10"]
     assert "%|" in run("mixture.py", *args)
     for name in ("figure.png", "score.png", "paths.png"):
-        assert Image.open(tmp_path / name).size[0] > 500
+        assert Image.open(workdir / name).size[0] > 500
     said = finish(start("mixture.py", *args, TQDM_DISABLE="1"))
     assert "step 30 of 30" in said
     assert "%|" not in said

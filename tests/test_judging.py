@@ -1,11 +1,12 @@
 """Images as they are judged: how many, how large, and samples at the same levels and places as real images."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from support import judging
 from support.arrays import RowsOnDisk
-from support.data import ImageData
+from support.data import ImageData, to_model_input
 
 
 def of_size(side: int, count: int = 6, channels: int = 3) -> ImageData:
@@ -16,12 +17,8 @@ def of_size(side: int, count: int = 6, channels: int = 3) -> ImageData:
 @pytest.mark.parametrize(("side", "channels"), [(28, 1), (32, 3), (64, 3), (50, 1)])
 def test_samples_that_are_real_images_are_judged_as_these_are(side, channels):
     data = of_size(side, channels=channels)
-    np.testing.assert_array_equal(judging.to_bytes(padded(data), data), judging.comparable(data).images)
-
-
-def padded(data: ImageData) -> np.ndarray:
-    margin = (data.image_size - data.images.shape[1]) // 2
-    return np.pad(data.images / np.float32(127.5) - 1, ((0, 0), (margin, margin), (margin, margin), (0, 0)), constant_values=-1)
+    samples = np.asarray(to_model_input(jnp.asarray(data.images), data.image_size))
+    np.testing.assert_array_equal(judging.to_bytes(samples, data), judging.comparable(data).images)
 
 
 def test_small_images_are_judged_as_they_are_and_large_ones_at_32():

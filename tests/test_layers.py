@@ -38,8 +38,8 @@ VARIANTS = pytest.mark.parametrize("variant", [OPTIMIZED, lambda fn: fn], ids=["
 
 
 def value_and_gradients(fn):
-    def both(x, kernel, g):
-        y, backward = jax.vjp(fn, x, kernel)
+    def both(g, *operands):
+        y, backward = jax.vjp(fn, *operands)
         return y, *backward(g)
 
     return both
@@ -47,25 +47,23 @@ def value_and_gradients(fn):
 
 @VARIANTS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "shape", [(2, 1, 1), (3, 2, 5), (0, 2, 2), (2, 4, 4), (5, 8, 4), (1, 33, 35), (256, 4, 4), (101, 4, 4)]
-)
+@pytest.mark.parametrize("shape", [(2, 1, 1), (3, 2, 5), (0, 2, 2), (5, 8, 4), (1, 33, 35), (256, 4, 4)])
 def test_convolution_and_its_gradients_are_those_of_xla_in_float32(shape, dtype, variant):
     x, kernel, g = normal(0, *shape, 5, dtype=dtype), normal(1, 3, 3, 5, 7, dtype=dtype), normal(2, *shape, 7, dtype=dtype)
     dimensions = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
     reference = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)  # noqa: E731
-    actual = variant(value_and_gradients(conv3x3))(x, kernel, g)
-    expected = value_and_gradients(reference)(*map(jnp.float32, (x, kernel, g)))
+    actual = variant(value_and_gradients(conv3x3))(g, x, kernel)
+    expected = value_and_gradients(reference)(*map(jnp.float32, (g, x, kernel)))
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == dtype
         assert_close(one, other, dtype)
 
 
 @VARIANTS
-@pytest.mark.parametrize("pixels", [(), (1,), (7,), (3, cpu.BLOCK), (2, 32, 48), (2003,)])
+@pytest.mark.parametrize("pixels", [(), (7,), (2, 32, 48), (2003,)])
 def test_gradients_of_a_product(pixels, variant):
     x, kernel, g = normal(0, *pixels, 5), normal(1, 5, 7), normal(2, *pixels, 7)
-    y, dx, dkernel = variant(value_and_gradients(matmul))(x, kernel, g)
+    y, dx, dkernel = variant(value_and_gradients(matmul))(g, x, kernel)
     assert_close(y, np.asarray(x) @ np.asarray(kernel))
     assert_close(dx, np.asarray(g) @ np.asarray(kernel).T)
     assert_close(dkernel, np.asarray(x, np.float64).reshape(-1, 5).T @ np.asarray(g, np.float64).reshape(-1, 7))
@@ -111,24 +109,16 @@ def run_as_on(monkeypatch):
 
 
 @BOTH_PLATFORMS
-@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 1), (8, 2), (16, 4), (32, 8), (48, 8)])
+@pytest.mark.parametrize(("channels", "groups"), [(6, 1), (8, 2), (16, 4), (32, 8)])
 def test_group_norm_and_its_gradients_are_those_of_flax(channels, groups, platform, run_as_on):
     run_as_on(platform)
     x, shift, g = 2 + 3 * normal(0, 2, 4, 6, channels), normal(3, 2, channels), normal(4, 2, 4, 6, channels)
     params = {"scale": normal(1, channels), "bias": normal(2, channels)}
     flax_norm = lambda params, x: nn.GroupNorm(groups, use_fast_variance=False).apply({"params": params}, x)  # noqa: E731
     norm = GroupNorm(jnp.float32)
-    assert_close(norm.apply({"params": params}, x), flax_norm(params, x))
-
-    def with_gradients(fn):
-        def both(operands, g):
-            y, backward = jax.vjp(fn, *operands)
-            return y, backward(g)
-
-        return OPTIMIZED(both)((params, x, shift), g)
-
-    actual = with_gradients(lambda params, x, shift: norm.apply({"params": params}, x, shift))
-    expected = with_gradients(lambda params, x, shift: flax_norm(params, x) + shift[:, None, None])
+    ours = lambda params, x, shift: norm.apply({"params": params}, x, shift)  # noqa: E731
+    theirs = lambda params, x, shift: flax_norm(params, x) + shift[:, None, None]  # noqa: E731
+    actual, expected = (OPTIMIZED(value_and_gradients(fn))(g, params, x, shift) for fn in (ours, theirs))
     jax.tree.map(assert_close, actual, expected)
 
 
@@ -138,11 +128,11 @@ def test_the_gradient_of_group_norm_survives_a_large_mean(first_row, platform, r
     run_as_on(platform)
     x, g = (1000 + 3 * normal(0, 4, 8, 8, 8)).at[:, 0, :, :].add(first_row - 1000), normal(1, 4, 8, 8, 8)
     params = {"scale": normal(2, 8), "bias": normal(3, 8)}
-    actual = jax.vjp(lambda params, x: GroupNorm(jnp.float32).apply({"params": params}, x), params, x)[1](g)
+    gradients = lambda norm: jax.jit(value_and_gradients(lambda params, x: norm.apply({"params": params}, x)))  # noqa: E731
+    actual = gradients(GroupNorm(jnp.float32))(g, params, x)[1:]
     with jax.enable_x64(True):
-        wide = nn.GroupNorm(2, use_fast_variance=False, dtype=jnp.float64)
-        params, x, g = jax.tree.map(lambda value: jnp.asarray(np.asarray(value), jnp.float64), (params, x, g))
-        expected = jax.vjp(lambda params, x: wide.apply({"params": params}, x), params, x)[1](g)
+        wide = jax.tree.map(lambda value: jnp.asarray(np.asarray(value), jnp.float64), (g, params, x))
+        expected = gradients(nn.GroupNorm(2, use_fast_variance=False, dtype=jnp.float64))(*wide)[1:]
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=3e-5 * np.abs(other).max())
 
@@ -166,23 +156,12 @@ def test_silu_and_its_gradient():
     np.testing.assert_allclose(jax.vmap(jax.grad(silu))(x), slope, rtol=1e-5, atol=1e-5)
 
 
-def test_second_derivatives_of_a_convolution_by_hand():
-    """f = (w x)^2 at x = 1, w = 2: (df/dx)^2 = 4 w^4 x^2 slopes 8 w^4 x and 16 w^3 x^2; (df/dw)^2 = 4 w^2 x^4, 8 w x^4."""
-    x, kernel = jnp.ones((1, 1, 1, 1)), jnp.zeros((3, 3, 1, 1)).at[1, 1].set(2.0)
-    energy = lambda x, kernel: (conv3x3(x, kernel) ** 2).sum()  # noqa: E731
-    penalty = lambda argument: lambda x, kernel: (jax.grad(energy, argument)(x, kernel) ** 2).sum()  # noqa: E731
-    assert jax.grad(penalty(0), 0)(x, kernel).item() == 128
-    assert jax.grad(penalty(0), 1)(x, kernel)[1, 1].item() == 128
-    assert jax.grad(penalty(1), 1)(x, kernel)[1, 1].item() == 16
-
-
 LAYERS = {
     "convolution": (cpu.conv3x3, ((2, 4, 6, 3), (3, 3, 3, 2))),
     "small convolution": (cpu.conv3x3, ((2, 4, 4, 3), (3, 3, 3, 2))),
     "product": (cpu.matmul, ((2, 3, 4), (4, 5))),
     "normalization": (lambda *operands: cpu.group_norm(*operands, 2), ((2, 3, 4, 8), (1, 1, 1, 8), (2, 1, 1, 8))),
     "normalization elsewhere": (lambda *operands: group_norm(*operands, 2), ((2, 3, 4, 8), (1, 1, 1, 8), (2, 1, 1, 8))),
-    "silu": (silu, ((7,),)),
 }
 
 

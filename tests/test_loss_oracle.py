@@ -46,8 +46,7 @@ def test_the_squared_loss_of_the_best_prediction_is_exact(target_type):
             assert float(weights @ loss) == pytest.approx(ERROR_VARIANCE[target_type][time - 1] / 2, rel=1e-10)
 
 
-@pytest.mark.parametrize("loss_type", EXPECTED)
-@pytest.mark.parametrize("target_type", TARGETS)
+@pytest.mark.parametrize(("target_type", "loss_type"), [("pred_x_0", "l2"), ("pred_v", "l1")])
 def test_the_drawn_loss_of_the_best_prediction_at_each_t(target_type, loss_type):
     n = 60_000
     data_key, key = jax.random.split(jax.random.key(1))
@@ -65,8 +64,7 @@ def test_the_drawn_loss_of_the_best_prediction_at_each_t(target_type, loss_type)
 
 
 @pytest.mark.parametrize("loss_type", EXPECTED)
-@pytest.mark.parametrize("target_type", TARGETS)
-def test_the_gradient_of_the_loss_is_its_finite_difference(target_type, loss_type):
+def test_the_gradient_of_the_loss_is_its_finite_difference(loss_type):
     """In float64, over gain and offset, a little away from the best prediction; none of the errors changes sign on the way."""
     h, change = 1e-6, np.array([0.1, -0.2])
     with jax.enable_x64(True):
@@ -74,26 +72,14 @@ def test_the_gradient_of_the_loss_is_its_finite_difference(target_type, loss_typ
 
         @jax.jit
         def loss(change):
-            best = best_prediction(target_type)
+            best = best_prediction("pred_v")
             predict = lambda x_t, t: (1 + change[0]) * best(x_t, t) + change[1]  # noqa: E731
-            return dj.diffusion_loss(SCHEDULE, predict, x_0, keys, target_type, loss_type).mean()
+            return dj.diffusion_loss(SCHEDULE, predict, x_0, keys, "pred_v", loss_type).mean()
 
         gradient = jax.grad(loss)(jnp.asarray(change))
         difference = [(loss(jnp.asarray(change + step)) - loss(jnp.asarray(change - step))) / (2 * h) for step in h * np.eye(2)]
         np.testing.assert_allclose(gradient, difference, rtol=1e-6)
         assert np.abs(gradient).min() > 1e-3
-
-
-@pytest.mark.parametrize("target_type", TARGETS)
-def test_the_weights_of_min_snr_make_the_losses_of_all_targets_one(target_type):
-    """The best prediction's loss is half of LEFT min(SNR, cap), whichever target it predicts."""
-    cap = 0.7
-    snr = ALPHA_BAR / (1 - ALPHA_BAR)
-    assert snr.min() < cap < snr.max()
-    weight = dj.min_snr_weight(SCHEDULE, target_type, cap)
-    assert weight.shape == (T + 1,)
-    assert np.isfinite(weight).all()
-    np.testing.assert_allclose(weight[1:] * ERROR_VARIANCE[target_type], LEFT * np.minimum(snr, cap), rtol=1e-12)
 
 
 def test_a_table_of_weights_weighs_each_example_by_its_t():

@@ -63,12 +63,12 @@ def test_muon_is_optaxs():
     theirs = optax.contrib.muon(dj.cosine_decay(0.1, 8), consistent_rms=0.2, muon_weight_dimension_numbers=dimensions)
     adam = optax.adam(dj.cosine_decay(0.1, 8))
     grads = jax.tree.map(jnp.sin, params)
-    expected, of_adam = (rule.update(grads, rule.init(params), params)[0] for rule in (theirs, adam))
+    expected, of_adam = (jax.jit(rule.update)(grads, rule.init(params), params)[0] for rule in (theirs, adam))
     is_one = lambda x: x is None or isinstance(x, MuonDimensionNumbers)  # noqa: E731
     expected = jax.tree.map(lambda d, x, y: y if d is None else x, dimensions, expected, of_adam, is_leaf=is_one)
     for tree in (lambda x: x, lambda x: {"params": x}):  # what network.init returns
         rule = dj.muon_with_cosine_decay(0.1, 8)
-        mine = rule.update(tree(grads), rule.init(tree(params)), tree(params))[0]
+        mine = jax.jit(rule.update)(tree(grads), rule.init(tree(params)), tree(params))[0]
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), mine, tree(expected))
     assert all(float(jnp.abs(x).max()) > 1e-3 for x in jax.tree.leaves(mine))
 

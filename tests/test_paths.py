@@ -90,26 +90,30 @@ def test_order_of_convergence(path, name, exact):
     assert errors[-1] < {1: 2e-2, 2: 2e-4, 3: 1e-5, 4: 1e-6}[order]
 
 
-@pytest.mark.parametrize("name", [*SOLVERS, "heun with churn"])
-def test_one_log_snr_grid_gives_the_same_samples_on_every_path(name):
+def test_one_log_snr_grid_gives_the_same_samples_on_every_path_by_one_compiled_program():
     """Rows of the same noise-to-signal ratios, the best denoiser: x_t / signal is the same, to float32's last digits."""
-    make_table = STOCHASTIC[name] if name in STOCHASTIC else SOLVERS[name][0]
     sigma = np.append(0.0, np.geomspace(0.02, 30, 40))
-    signals = {"preserving": 1 / np.sqrt(1 + sigma**2), "flow": 1 / (1 + sigma), "exploding": np.ones(41)}
-    keys, results = jax.random.split(jax.random.key(0), 8), {}
-    for path, signal in signals.items():
-        schedule = dj.schedule_from_columns(signal, signal * sigma)
+    signals = 1 / np.sqrt(1 + sigma**2), 1 / (1 + sigma), np.ones(41)  # variance-preserving, flow, exploding
+    schedules = [dj.schedule_from_columns(signal, signal * sigma) for signal in signals]
+    keys, start, traces = jax.random.split(jax.random.key(0), 8), 30 * jax.random.normal(jax.random.key(1), (8, 2)), []
 
-        def denoise(x_t, t, schedule=schedule):
+    @jax.jit
+    def draw(schedule, table):
+        def predict(x_t, t):
             signal, noise = (look_up(column, t, x_t)[:, None] for column in schedule)
             return mixture(x_t / signal, noise / signal)
 
-        table = make_table(schedule)
-        start = jnp.float32(signal[-1] * 30) * jax.random.normal(jax.random.key(1), (8, 2))
-        results[path] = np.asarray(dj.sample(denoise, table, keys, (2,), start))
-        assert np.all(np.isfinite(results[path]))
-    np.testing.assert_allclose(results["flow"], results["preserving"], rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(results["exploding"], results["preserving"], rtol=2e-5, atol=2e-5)
+        traces.append(0)
+        denoise = dj.make_denoiser(schedule, predict, "pred_x_0")
+        return dj.sample(denoise, table, keys, (2,), schedule.signal[-1] * start)
+
+    for name in (*SOLVERS, "heun with churn"):
+        make_table = STOCHASTIC[name] if name in STOCHASTIC else SOLVERS[name][0]
+        one, *others = (draw(schedule, dj.padded(make_table(schedule), 80)) for schedule in schedules)
+        assert np.all(np.isfinite(one))
+        for other in others:
+            np.testing.assert_allclose(other, one, rtol=2e-5, atol=2e-5, err_msg=name)
+    assert len(traces) == 1
 
 
 def mixture(v, ratio):
@@ -143,7 +147,7 @@ def test_samples_with_noise_have_the_datas_moments(path, name):
 
 @EVERY_PATH
 @pytest.mark.parametrize("one", TARGETS)
-@pytest.mark.parametrize("other", TARGETS)
+@pytest.mark.parametrize("other", ["pred_x_0", "edm"])
 def test_targets_convert_into_each_other(path, one, other):
     """At rows, between them and at both ends, against x_0 and eps that are known."""
     schedule = PATHS[path]
@@ -167,11 +171,6 @@ def test_targets_convert_into_each_other(path, one, other):
     np.testing.assert_allclose(converted[defined], values[other][defined], rtol=1e-7, atol=1e-8)
 
 
-def test_x_0_without_signal_is_refused_of_eps():
-    with pytest.raises(ValueError, match=f"x_0 does not follow from pred_eps at t = {PATHS['flow'].num_timesteps} of this"):
-        dj.make_denoiser(PATHS["flow"], lambda x_t, t: x_t, "pred_eps")
-
-
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0, 2.0])
 def test_edm_is_the_preconditioning_of_karras_et_al(sigma_data):
     """Their D = c_skip x + c_out F on x = x_0 + sigma eps, whatever the path; at sigma_data = 1, F is -v."""
@@ -190,10 +189,12 @@ def test_edm_is_the_preconditioning_of_karras_et_al(sigma_data):
 
 
 @EVERY_PATH
-@pytest.mark.parametrize("target_type", ["pred_x_0", "pred_v", "pred_u", "edm"])
+@pytest.mark.parametrize("target_type", TARGETS)
 def test_min_snr_weighs_an_error_of_x_0(path, target_type):
     """The loss of a prediction that is off by an error of x_0 is min(SNR, 5) times that error's, whatever the target."""
     schedule, weight = PATHS[path], dj.min_snr_weight(PATHS[path], target_type)
+    assert weight.shape == (T + 1,)
+    assert np.isfinite(weight).all()
     rows = np.array([1, 10, 300, 700, 999])
     signal, noise = (column[rows] for column in schedule)
     with jax.enable_x64(True):
@@ -241,28 +242,10 @@ def test_float32_bears_the_coefficients_of_coarse_grids(path):
             start = np.float32(table.scale[0] * START)
             with jax.enable_x64(True):
                 expected = walk(table, in_float64, start.astype(np.float64))[-1]
+            assert np.all(np.isfinite(expected))
             drawn = draw(dj.padded(table, 12), keys, start=jnp.asarray(start))
             np.testing.assert_allclose(drawn, expected, rtol=5e-4, atol=2e-4)
     assert largest > 4
-
-
-def test_another_path_solver_spacing_and_number_of_steps_do_not_recompile():
-    traces = []
-
-    @jax.jit
-    def draw(schedule, table, keys):
-        traces.append(0)
-        denoise = dj.make_denoiser(schedule, lambda x_t, t: jnp.tanh(x_t) * 0.5, "pred_v")
-        return dj.sample(denoise, table, keys, (3,))
-
-    keys = jax.random.split(jax.random.key(0), 2)
-    for schedule in PATHS.values():
-        for name in ("dpm solver", "heun", "unipc 3", "deis 3"):
-            for spacing, steps in (("time", 7), ("karras", 12)):
-                times = dj.sampling_times(schedule, steps, spacing)
-                table = dj.padded(SOLVERS[name][0](schedule, sampling_timesteps=times), 30)
-                assert np.all(np.isfinite(draw(schedule, table, keys)))
-    assert len(traces) == 1
 
 
 def test_ten_karras_steps_are_ten_distinct_times():

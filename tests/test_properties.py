@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ho import alpha_bar_of, beta_of
-from hypothesis import assume, given
+from hypothesis import given
 
 import diffusion_jax as dj
 from diffusion_jax.diffusion import posterior_coefficients
@@ -20,7 +20,6 @@ from diffusion_jax.sampling import strided_timesteps
 LENGTHS = st.integers(1, 4000)
 BETAS = hnp.arrays(np.float64, st.integers(1, 30), elements=st.floats(1e-7, 0.9999))
 SCHEDULES = st.one_of(LENGTHS.map(dj.linear_schedule), LENGTHS.map(dj.cosine_schedule), BETAS.map(dj.schedule_from_beta))
-NAMES = ("pred_x_0", "pred_eps", "pred_v")
 
 
 @st.composite
@@ -29,14 +28,6 @@ def schedules_and_times(draw, count):
     schedule = draw(SCHEDULES.filter(lambda schedule: schedule.num_timesteps >= count))
     times = draw(st.sets(st.integers(0, schedule.num_timesteps), min_size=count, max_size=count))
     return schedule, sorted(times, reverse=True)
-
-
-@given(SCHEDULES)
-def test_a_schedule_goes_from_exactly_the_data_strictly_down(schedule):
-    assert alpha_bar_of(schedule)[0] == 1
-    assert np.all(np.diff(alpha_bar_of(schedule)) < 0)
-    assert np.all((beta_of(schedule) >= 0) & (beta_of(schedule) < 1))
-    np.testing.assert_allclose(schedule.signal**2 + schedule.noise**2, 1, atol=1e-15)
 
 
 @given(BETAS)
@@ -68,12 +59,12 @@ def exact_noise(name: str, T: int) -> list[float]:
     return noise
 
 
-@pytest.mark.parametrize("T", [10, 500, 1000, 4000])
+@pytest.mark.parametrize("T", [1, 10, 137, 500, 1000, 4000])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_float32_tables_keep_six_digits(name, T):
     schedule = {"linear": dj.linear_schedule, "cosine": dj.cosine_schedule}[name](T)
     noise = np.array(exact_noise(name, T))
-    np.testing.assert_allclose(schedule.noise[1:], np.sqrt(noise), rtol=1e-11)
+    np.testing.assert_allclose(schedule.noise[1:], np.sqrt(noise), rtol=1e-13 if name == "linear" else 1e-11)
     on_device = jax.tree.map(jnp.asarray, schedule)
     assert {table.dtype.name for table in on_device} == {"float32"}
     np.testing.assert_allclose(on_device.noise[1:], np.sqrt(noise), rtol=1e-6)
@@ -124,23 +115,6 @@ def test_two_posterior_jumps_are_one(schedule_and_times):
     np.testing.assert_allclose(k_2 * k_1, k, rtol=1e-7, atol=1e-14)
     np.testing.assert_allclose(k_2 * m_1 + m_2, m, rtol=1e-7)
     np.testing.assert_allclose(k_2**2 * w_1 + w_2, w, rtol=1e-7, atol=1e-16)
-
-
-@given(SCHEDULES, st.sampled_from(NAMES), st.sampled_from(NAMES), st.data())
-def test_conversions_undo_each_other_wherever_they_are_defined(schedule, one, other, data):
-    """Undefined: x_0 from eps without signal, and eps or v from x_0 without noise (t = 0)."""
-    t = data.draw(st.integers(0 if "pred_x_0" not in (one, other) or one == other else 1, schedule.num_timesteps))
-    a, s = float(schedule.signal[t]), float(schedule.noise[t])
-    assume(a > 1e-6)
-    x_0, eps = np.array([[0.7, -1.3]]), np.array([[0.4, 2.1]])
-    values = {"pred_x_0": x_0, "pred_eps": eps, "pred_v": a * eps - s * x_0}
-    x_t, times = a * x_0 + s * eps, np.array([t])
-    with jax.enable_x64(True):
-        there = dj.convert(schedule, jnp.asarray(values[one]), jnp.asarray(x_t), jnp.asarray(times), one, other)
-        back = dj.convert(schedule, there, jnp.asarray(x_t), jnp.asarray(times), other, one)
-    lost = 1e-13 / min(a, s or 1)
-    np.testing.assert_allclose(there, values[other], atol=lost)
-    np.testing.assert_allclose(back, values[one], atol=10 * lost)
 
 
 TABLES = {

@@ -1,6 +1,8 @@
 """Parity with the original PyTorch code, by numbers that it computed (tests/reference/README.md)."""
 
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +28,28 @@ def schedule_of(commit: str, name: str, T: int) -> dj.NoiseSchedule:
     return dj.NoiseSchedule(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
 
 
-def predict_at(T: int):
-    W1, b, W2 = (jnp.asarray(REFERENCE[name]) for name in ("W1", "b", "W2"))
-    return lambda x_t, t: jnp.tanh(x_t @ W1 + t.astype(b.dtype)[:, None] / T * b[None]) @ W2
+def arrays(*names: str) -> list[jax.Array]:
+    return [jnp.asarray(REFERENCE[name]) for name in names]
+
+
+def predict(T, W1, b, W2, x_t, t):
+    return jnp.tanh(x_t @ W1 + t.astype(b.dtype)[:, None] / T * b[None]) @ W2
 
 
 def our_loss(name: str):
-    commit, _, schedule, target_type, loss_type = name.split("/")
-    x_0, t, eps = (jnp.asarray(REFERENCE[part]) for part in ("x_0", "t", "eps"))
-    return dj.loss_at(schedule_of(commit, schedule, 10), predict_at(10), x_0, t, eps, target_type, loss_type)
+    commit, _, schedule, *types = name.split("/")
+    network = partial(predict, 10, *arrays("W1", "b", "W2"))
+    return dj.loss_at(schedule_of(commit, schedule, 10), network, *arrays("x_0", "t", "eps"), *types)
 
 
-def our_path(name: str, monkeypatch):
+@partial(jax.jit, static_argnames=("T", "target_type"))
+def trajectory(schedule, table, noise, weights, T, target_type):
+    denoise = dj.make_denoiser(schedule, partial(predict, T, *weights), target_type)
+    with mock.patch.object(sampling, "_normal", lambda keys, number, shape, dtype: noise[number]):
+        return dj.sample_trajectory(denoise, table, jax.random.split(jax.random.key(0), 3), (2,))
+
+
+def our_path(name: str):
     commit, _, schedule, target_type, variance, steps = name.split("/")
     T, S = map(int, steps.split("-"))
     schedule = schedule_of(commit, schedule, T)
@@ -45,10 +57,7 @@ def our_path(name: str, monkeypatch):
         table = dj.ddim_table(schedule, {"ddim": 0.0, "ddpm": 1.0}[variance], S)
     else:
         table = dj.ancestral_table(schedule, variance, S)
-    noise = jnp.asarray(REFERENCE[f"noise/{steps}"])
-    monkeypatch.setattr(sampling, "_normal", lambda keys, number, shape, dtype: noise[number])
-    denoise = dj.make_denoiser(schedule, predict_at(T), target_type)
-    return dj.sample_trajectory(denoise, table, jax.random.split(jax.random.key(0), 3), (2,))
+    return trajectory(schedule, table, *arrays(f"noise/{steps}"), arrays("W1", "b", "W2"), T, target_type)
 
 
 @pytest.mark.parametrize("T", [10, 500])
@@ -65,17 +74,17 @@ def test_losses_in_float64(name):
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_trajectories_in_float64(name, monkeypatch):
+def test_trajectories_in_float64(name):
     with jax.enable_x64(True):
-        path = our_path(name, monkeypatch)
+        path = our_path(name)
     scale = np.abs(REFERENCE[name]).max()
     assert path.dtype == jnp.float64
     np.testing.assert_allclose(path, REFERENCE[name], rtol=1e-7, atol=1e-9 * scale)
 
 
 @pytest.mark.parametrize("name", WITHOUT_DIVISION)
-def test_losses_and_trajectories_in_float32(name, monkeypatch):
-    ours = our_loss(name) if "/loss/" in name else our_path(name, monkeypatch)
+def test_losses_and_trajectories_in_float32(name):
+    ours = our_loss(name) if "/loss/" in name else our_path(name)
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, REFERENCE[name], rtol=1e-5, atol=1e-5)
 

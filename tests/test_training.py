@@ -10,7 +10,7 @@ import pytest
 import diffusion_jax as dj
 
 SCHEDULE = dj.cosine_schedule(10)
-NETWORKS = {"mlp": (dj.MLP(2, 8), (2,)), "dit": (dj.DiT(1, 4, 1, 2), (4, 4, 1)), "unet": (dj.UNet(1, 4, (1, 2)), (4, 4, 1))}
+NETWORKS = {"mlp": (dj.MLP(2, 8), (2,)), "dit": (dj.DiT(1, 4, 1, 2), (4, 4, 1))}
 
 
 def setup(name, optimizer=None):
@@ -68,37 +68,17 @@ def test_the_step_is_compiled_once(devices):
     assert not any(map(is_compile, compiled))
 
 
-@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dit", "unet"))])
-def test_one_and_four_devices_train_alike(name):
-    state, step, x_0 = setup(name)
+def test_one_and_four_devices_train_alike():
+    """With plain gradient descent, so that the scale of the gradient shows."""
+    state, step, x_0 = setup("mlp", optax.sgd(1.0))
     one, one_losses = run(compile_step(step, 1), state, x_0, 5)
     four, four_losses = run(compile_step(step, 4), state, x_0, 5)
     np.testing.assert_allclose(one_losses, four_losses, rtol=1e-5)
     assert four.step == 5
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, one.params, state.params)) > 0.01
     for tree in ("params", "ema_params"):
         chex.assert_trees_all_equal_shapes_and_dtypes(getattr(one, tree), getattr(four, tree))
         chex.assert_trees_all_close(getattr(one, tree), getattr(four, tree), atol=1e-5, rtol=0)
-
-
-def test_the_gradient_of_many_devices_is_that_of_one():
-    """With plain gradient descent at rate 1 the parameters' difference is the gradient itself, its scale included."""
-    state, step, x_0 = setup("mlp", optax.sgd(1.0))
-    moved = [
-        jax.tree.map(jnp.subtract, compile_step(step, devices)(state, x_0, jnp.arange(8))[0].params, state.params)
-        for devices in (1, 2, 4)
-    ]
-    assert optax.tree.norm(moved[0]) > 0.01
-    for other in moved[1:]:
-        chex.assert_trees_all_close(moved[0], other, atol=1e-6, rtol=1e-4)
-
-
-def test_jit_changes_nothing(variant):
-    state, step, x_0 = setup("mlp")
-    with_identity = variant(partial(step, mean_over_devices=lambda tree: tree))
-    reference, expected = step(state, x_0, jnp.arange(8), lambda tree: tree)
-    new, metrics = with_identity(state, x_0, jnp.arange(8))
-    chex.assert_trees_all_close(new.params, reference.params, atol=1e-6)
-    chex.assert_trees_all_close(metrics, expected, rtol=1e-5)
 
 
 def test_training_lowers_the_loss():

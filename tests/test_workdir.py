@@ -89,10 +89,3 @@ def test_a_folder_that_only_a_system_has_written_in_is_new(tmp_path, name):
     open_workdir(vectors.Config(workdir=str(tmp_path)), ())
     assert (tmp_path / "config.json").exists()
     assert (tmp_path / name).exists()
-
-
-@pytest.mark.slow
-def test_a_run_in_a_folder_whose_name_is_a_pattern_is_resumed(tmp_path):
-    args = ["--workdir", tmp_path / "lr[1e-3] a\\b?", "--iterations", "4", "--checkpoint-every", "2"]
-    run("mixture.py", *args)
-    assert "at step 4 of 4" in run("mixture.py", *args)
