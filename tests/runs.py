@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,15 @@ def finish(process: subprocess.Popen, status: int | None = 0, timeout: float = 1
 
 def run(script: str, *args: object, devices: int = 1, status: int = 0) -> str:
     return finish(start(script, *args, devices=devices), status)
+
+
+def kill_and_repeat(workdir: Path, *args: object) -> str:
+    """Kill a run of mnist.py that has saved its second or fourth step, and repeat the command; what that says."""
+    process = start("mnist.py", *args, "--workdir", workdir)
+    wait_for(process, lambda: list(workdir.glob("checkpoints/[24]")))
+    process.kill()
+    finish(process, status=-signal.SIGKILL)
+    return run("mnist.py", *args, "--workdir", workdir)
 
 
 def wait_for(process: subprocess.Popen, condition: Callable[[], object]) -> None:

@@ -1,5 +1,7 @@
 """Images in a .npy or .npz file: what is taken, what is refused in one line, and which rows are read."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +17,6 @@ def test_the_splits_are_nine_tenths_and_the_other_one(tmp_path):
     assert (len(train.images), len(test.images)) == (36, 4)
     together = np.concatenate([train.images[:], test.images[:]])
     assert sorted(map(bytes, together)) == sorted(map(bytes, IMAGES))
-    again = data.load_dataset(str(tmp_path / "x.npy"), split="test")
-    np.testing.assert_array_equal(test.images[:], again.images[:])
     assert (train.num_classes, train.image_size, train.name) == (0, 8, str(tmp_path / "x.npy"))
 
 
@@ -42,9 +42,7 @@ def test_labels_stay_with_their_images(tmp_path):
         assert [of[bytes(image)] for image in loaded.images] == list(loaded.labels)
 
 
-@pytest.mark.parametrize(
-    ("shape", "size"), [((20, 28, 28), 32), ((20, 28, 28, 1), 32), ((20, 30, 30), 30), ((9, 64, 64, 3), 64)]
-)
+@pytest.mark.parametrize(("shape", "size"), [((20, 28, 28), 32), ((9, 64, 64, 3), 64)])
 def test_the_size_is_that_of_the_images_and_28_is_padded(tmp_path, shape, size):
     np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
     loaded = data.load_dataset(str(tmp_path / "x.npy"))
@@ -53,14 +51,14 @@ def test_the_size_is_that_of_the_images_and_28_is_padded(tmp_path, shape, size):
     assert data.load_dataset(str(tmp_path / "x.npy"), image_size=80).image_size == 80
 
 
-@pytest.mark.parametrize(("side", "size"), [(8, 8), (8, 12), (7, 12)])
-def test_images_are_padded_with_black_on_all_sides(side, size):
-    padded = np.asarray(data.to_model_input(jnp.full((1, side, side, 3), 255, jnp.uint8), size))
-    first = (size - side) // 2
-    assert padded.shape == (1, size, size, 3)
-    assert (padded[:, first : first + side, first : first + side] == 1).all()
-    assert (padded == 1).sum() == side * side * 3
-    assert (padded == -1).sum() == (size**2 - side**2) * 3
+@pytest.mark.parametrize(("side", "size"), [(8, 8), (28, 32), (7, 12)])
+def test_images_are_scaled_and_padded_with_black_on_all_sides(variant, side, size):
+    images = jnp.full((2, side, side, 3), 255, jnp.uint8).at[0].set(51)
+    x, first = variant(partial(data.to_model_input, image_size=size))(images), (size - side) // 2
+    expected = np.full((2, size, size, 3), -1, np.float32)
+    expected[:, first : first + side, first : first + side] = np.reshape([-0.6, 1], (2, 1, 1, 1))
+    assert x.dtype == jnp.float32
+    np.testing.assert_allclose(x, expected, rtol=1e-6)
 
 
 def test_a_checksum_notices_every_change():
@@ -85,7 +83,6 @@ WRONG = {
     "x.npz": {
         "other names": {"x": IMAGES},
         "nothing": {},
-        "floats": {"images": IMAGES / 255.0},
         "too few labels": {"images": IMAGES, "labels": np.arange(39)},
         "labels that are no numbers": {"images": IMAGES, "labels": np.full(40, "a")},
         "a label below 0": {"images": IMAGES, "labels": np.arange(40) - 1},
@@ -102,8 +99,7 @@ def test_other_arrays_are_refused_in_one_line(tmp_path, name, what):
         data.load_dataset(str(file))
 
 
-@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
-@pytest.mark.parametrize("damage", ["gone", "empty", "text", "cut"])
+@pytest.mark.parametrize(("name", "damage"), [*(("x.npy", how) for how in ("gone", "empty", "text", "cut")), ("x.npz", "cut")])
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, name, damage):
     file = tmp_path / name
     np.savez(file, images=IMAGES) if name == "x.npz" else np.save(file, IMAGES)

@@ -54,16 +54,11 @@ def test_save_restore_continue_equals_never_stopping(tmp_path):
     assert restored.step == 3
     resumed, again = run(step, restored, x_0, 4)
     assert rest == again != first
-    for tree in ("step", "params", "ema_params", "opt_state"):
-        chex.assert_trees_all_equal(getattr(resumed, tree), getattr(state, tree))
+    assert_same(resumed, state)
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    state, step, x_0 = setup("mlp")
-    with open_checkpoints(tmp_path) as checkpoints:
-        for _ in range(4):
-            state, _ = run(compile_step(step, 1), state, x_0, 1)
-            save(checkpoints, state)
+def test_only_the_newest_checkpoints_are_kept(tmp_path, state):
+    save_all(tmp_path, state, [None] * 4)
     with open_checkpoints(tmp_path) as checkpoints:
         assert list(checkpoints.all_steps()) == [3, 4]
 
@@ -104,7 +99,7 @@ def test_a_save_that_fails_is_told(tmp_path, state, monkeypatch):
         assert_same(restore_latest(checkpoints, state), at(state, 1))
 
 
-@pytest.mark.parametrize("name", ["lr[1e-3]", "a*", "**", "a\\b ?"])
+@pytest.mark.parametrize("name", ["lr[1e-3]", "a*", "a\\b ?"])
 def test_a_folder_of_any_name_keeps_what_was_saved(tmp_path, state, name):
     """Even beside folders that its name matches as a pattern, or could be taken for."""
     folders = [tmp_path / other / "checkpoints" for other in ("ab", "a/b c", name)]

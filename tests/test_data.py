@@ -12,10 +12,12 @@ import threading
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tensorflow_datasets import core, features
+from tensorflow_datasets.core import constants, registered
+from tensorflow_datasets.image_classification import mnist
 
 from support import batches, data, tfds
 
@@ -46,16 +48,12 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def reachable(source, monkeypatch):
-    from tensorflow_datasets.image_classification import mnist
-
     monkeypatch.setattr(mnist.MNIST, "URL", source[0])
     return source[1]
 
 
 @pytest.fixture
 def out_of_reach(monkeypatch):
-    from tensorflow_datasets.image_classification import mnist
-
     with socket.socket() as unused:  # a port that nothing listens on
         unused.bind(("127.0.0.1", 0))
         for dataset in (mnist.MNIST, mnist.FashionMNIST):
@@ -190,8 +188,6 @@ def test_without_mnist_auto_warns_once_and_falls_back_in_time(out_of_reach, tmp_
 
 
 def test_a_host_that_never_answers_is_given_up(tmp_path, monkeypatch):
-    from tensorflow_datasets.image_classification import mnist
-
     monkeypatch.setattr(tfds, "SECONDS_TO_REACH", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -208,8 +204,6 @@ def test_a_data_set_asked_for_by_name_is_never_replaced(out_of_reach, tmp_path, 
 
 
 def test_the_default_directory_is_that_of_tfds(out_of_reach, tmp_path, monkeypatch):
-    from tensorflow_datasets.core import constants
-
     monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
     with pytest.raises(data.DataUnavailable, match=f"not prepared in {tmp_path}"):
         data.load_dataset("mnist")
@@ -228,20 +222,17 @@ def test_the_embedded_digits_are_images_of_digits():
     assert (distances.argmin(1) == loaded.labels).mean() > 0.85  # the nearest class mean is the label
 
 
-def made(data_dir: Path, splits: dict[str, list[dict]], **features) -> str:
+def made(data_dir: Path, splits: dict[str, list[dict]], **parts) -> str:
     """The name of a data set of `splits`, prepared in array_record as TFDS itself would."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import registered
-
     with registered.skip_registration():
-        parts = {
-            "VERSION": tfds.core.Version("1.0.0"),
+        members = {
+            "VERSION": core.Version("1.0.0"),
             "pkg_dir_path": data_dir,  # otherwise TFDS searches for the class's package
-            "_info": lambda self: self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features)),
+            "_info": lambda self: self.dataset_info_from_configs(features=features.FeaturesDict(parts)),
             "_split_generators": lambda self, _: {split: enumerate(rows) for split, rows in splits.items()},
             "_generate_examples": lambda self: None,
         }
-        builder = type("Made", (tfds.core.GeneratorBasedBuilder,), {"name": "made", **parts})
+        builder = type("Made", (core.GeneratorBasedBuilder,), {"name": "made", **members})
     builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
     return "made"
 
@@ -259,12 +250,10 @@ def as_png(image: np.ndarray) -> io.BytesIO:
 
 
 def test_any_data_set_that_tfds_has_prepared_is_read_without_its_code(tmp_path):
-    import tensorflow_datasets as tfds
-
-    images, features = colours(30, 12, 12), {"image": tfds.features.Image(shape=(12, 12, 3))}
+    images = colours(30, 12, 12)
     rows = [{"image": as_png(image), "label": number % 3} for number, image in enumerate(images)]
     splits = {"train": rows[:20], "test": rows[20:]}
-    name = made(tmp_path, splits, **features, label=tfds.features.ClassLabel(num_classes=3))
+    name = made(tmp_path, splits, image=features.Image(shape=(12, 12, 3)), label=features.ClassLabel(num_classes=3))
     of = {bytes(image): number % 3 for number, image in enumerate(images)}
     for _ in range(2):  # decoded, and as it was kept
         for split in splits:
@@ -277,24 +266,17 @@ def test_any_data_set_that_tfds_has_prepared_is_read_without_its_code(tmp_path):
 
 
 def test_of_a_data_set_without_a_test_split_a_tenth_is_held_out(tmp_path):
-    import tensorflow_datasets as tfds
-
     images = colours(30, 12, 12)
-    name = made(
-        tmp_path, {"train": [{"image": as_png(image)} for image in images]}, image=tfds.features.Image(shape=(12, 12, 3))
-    )
+    name = made(tmp_path, {"train": [{"image": as_png(image)} for image in images]}, image=features.Image(shape=(12, 12, 3)))
     train, test = (data.load_dataset(name, tmp_path, split) for split in ("train", "test"))
     assert (len(train.images), len(test.images), train.num_classes) == (27, 3, 0)
     assert sorted(map(bytes, [*train.images, *test.images])) == sorted(map(bytes, images))
 
 
 def test_images_of_different_sizes_are_cropped_and_scaled_to_the_size_that_is_asked_for(tmp_path):
-    import tensorflow_datasets as tfds
-
     images = [np.full((8 + number, 20, 3), 9 * number, np.uint8) for number in range(20)]
-    name = made(
-        tmp_path, {"train": [{"image": as_png(image)} for image in images]}, image=tfds.features.Image(shape=(None, None, 3))
-    )
+    rows = [{"image": as_png(image)} for image in images]
+    name = made(tmp_path, {"train": rows}, image=features.Image(shape=(None, None, 3)))
     with pytest.raises(ValueError, match=r"^--image-size must be given: the images of made are not of one square size, got 0$"):
         data.load_dataset(name, tmp_path)
     for channels in (1, 3, 1):
@@ -305,9 +287,7 @@ def test_images_of_different_sizes_are_cropped_and_scaled_to_the_size_that_is_as
 
 
 def test_a_data_set_of_something_else_is_refused_in_one_line(tmp_path):
-    import tensorflow_datasets as tfds
-
-    name = made(tmp_path, {"train": [{"text": "a"}]}, text=tfds.features.Text())
+    name = made(tmp_path, {"train": [{"text": "a"}]}, text=features.Text())
     with pytest.raises(ValueError, match=r"^--dataset must be a data set of grey or colour images \(`image`\) .*, got made$"):
         data.load_dataset(name, tmp_path)
     (file,) = tmp_path.glob("made/1.0.0/features.json")
@@ -321,15 +301,6 @@ def test_a_name_that_is_nothing_is_told_what_it_may_be(tmp_path, name):
     with pytest.raises(ValueError, match=r"^the data set must be one of auto, mnist, .* tfds build NAME") as problem:
         data.load_dataset(name, tmp_path)
     assert str(problem.value).endswith(f"got {name!r}")
-
-
-def test_images_are_padded_and_scaled(variant):
-    images = jnp.full((2, 28, 28, 1), 255, jnp.uint8).at[0].set(51)
-    x = variant(data.to_model_input)(images)
-    assert x.shape == (2, 32, 32, 1)
-    assert x.dtype == jnp.float32
-    np.testing.assert_allclose(x[:, 2:30, 2:30, 0], np.broadcast_to(np.reshape([-0.6, 1], (2, 1, 1)), (2, 28, 28)), rtol=1e-6)
-    assert set(np.asarray(x[1, :2]).ravel()) == {-1.0}
 
 
 def test_each_epoch_is_a_fresh_permutation():

@@ -8,7 +8,6 @@ import diffusion_jax as dj
 from diffusion_jax.diffusion import look_up
 
 TARGETS = ("pred_x_0", "pred_eps", "pred_v")
-SHAPES = [(2,), (4, 4, 1)]
 TWO_STEPS = dj.schedule_from_beta(np.array([0.36, 0.5]))  # sqrt(alpha_bar_1) = 0.8, sqrt(1 - alpha_bar_1) = 0.6
 
 
@@ -23,21 +22,18 @@ def test_q_sample_by_hand(variant):
 
 @pytest.mark.parametrize("from_type", TARGETS)
 @pytest.mark.parametrize("to_type", TARGETS)
-def test_conversions_by_hand(variant, from_type, to_type):
+def test_conversions_by_hand(from_type, to_type):
     """At a = 0.8, s = 0.6: x_0 = 1 and eps = 2 make x_t = 2 and v = 0.8 * 2 - 0.6 * 1 = 1; x_0 = 5, eps = 0 make 4 and -3."""
     values = {"pred_x_0": column(1, 5), "pred_eps": column(2, 0), "pred_v": column(1, -3)}
-    t = jnp.array([1, 1])
-    convert = variant(lambda prediction, x_t: dj.convert(TWO_STEPS, prediction, x_t, t, from_type, to_type))
-    np.testing.assert_allclose(convert(values[from_type], column(2, 4)), values[to_type], rtol=1e-5, atol=1e-6)
+    converted = dj.convert(TWO_STEPS, values[from_type], column(2, 4), jnp.array([1, 1]), from_type, to_type)
+    np.testing.assert_allclose(converted, values[to_type], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [dj.linear_schedule, dj.cosine_schedule])
 @pytest.mark.parametrize("target_type", TARGETS)
-@pytest.mark.parametrize("T", [10, 500])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_x_0_survives_the_round_trip_at_both_ends(variant, make, target_type, T, shape):
-    schedule = make(T)
-    x_0, eps = (jax.random.normal(key, (2, *shape)) for key in jax.random.split(jax.random.key(1)))
+def test_x_0_survives_the_round_trip_at_both_ends(variant, make, target_type):
+    schedule, T = make(500), 500
+    x_0, eps = (jax.random.normal(key, (2, 4, 4, 1)) for key in jax.random.split(jax.random.key(1)))
     t = jnp.array([1, T])
 
     @variant
@@ -53,14 +49,6 @@ def test_x_0_survives_the_round_trip_at_both_ends(variant, make, target_type, T,
         np.testing.assert_allclose(back[i], x_0[i], atol=1e-6 * lost[i])
 
 
-def test_x_0_and_v_survive_where_nothing_is_noise(variant):
-    x_0, eps, t = column(3), column(2), jnp.array([0])
-    x_t = dj.q_sample(TWO_STEPS, x_0, t, eps)
-    for target_type, prediction in (("pred_x_0", x_0), ("pred_eps", eps), ("pred_v", eps)):
-        convert = variant(lambda x, p, target_type=target_type: dj.convert(TWO_STEPS, p, x, t, target_type, "pred_x_0"))
-        np.testing.assert_array_equal(convert(x_t, prediction), x_0)
-
-
 def test_float32_keeps_the_noise_of_the_first_step():
     """sqrt(1 - alpha_bar_1) taken in float32 is off by 5e-3 at T = 4000."""
     schedule = dj.cosine_schedule(4000)
@@ -69,31 +57,18 @@ def test_float32_keeps_the_noise_of_the_first_step():
     np.testing.assert_allclose(x_1[0, 0], schedule.noise[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("target_type", TARGETS)
-def test_a_perfect_prediction_has_no_loss(variant, keys, shape, target_type):
+def test_a_perfect_prediction_has_no_loss(variant, keys, target_type):
     """With x_0 = 0, x_t = s eps, so every target is known from x_t alone."""
     schedule = dj.cosine_schedule(20)
 
     def perfect(x_t, t):
-        s = jnp.asarray(schedule.noise, jnp.float32)[t].reshape(-1, *(1,) * len(shape))
-        a = jnp.asarray(schedule.signal, jnp.float32)[t].reshape(-1, *(1,) * len(shape))
+        a, s = (jnp.asarray(column, jnp.float32)[t].reshape(-1, 1, 1, 1) for column in schedule)
         return {"pred_x_0": 0 * x_t, "pred_eps": x_t / s, "pred_v": a * x_t / s}[target_type]
 
-    loss = variant(lambda x, keys: dj.diffusion_loss(schedule, perfect, x, keys, target_type))(jnp.zeros((8, *shape)), keys)
-    chex.assert_shape(loss, (8, *shape))
+    loss = variant(lambda x, keys: dj.diffusion_loss(schedule, perfect, x, keys, target_type))(jnp.zeros((8, 4, 4, 1)), keys)
+    chex.assert_shape(loss, (8, 4, 4, 1))
     np.testing.assert_allclose(loss, 0, atol=1e-9)
-
-
-def test_losses_by_hand(variant, keys):
-    x_0 = jnp.arange(16.0).reshape(8, 2) - 5
-
-    def loss(loss_type):
-        zero = lambda x_t, t: jnp.zeros_like(x_t)  # noqa: E731
-        return variant(lambda x, k: dj.diffusion_loss(TWO_STEPS, zero, x, k, "pred_x_0", loss_type))(x_0, keys)
-
-    np.testing.assert_allclose(loss("l2"), np.asarray(x_0) ** 2 / 2)
-    np.testing.assert_allclose(loss("l1"), np.abs(x_0))
 
 
 def test_the_loss_draws_t_uniformly_from_1_to_T_and_standard_noise():
@@ -126,18 +101,6 @@ def test_posterior_by_hand(variant):
     k, m, w = 0.5**0.5 * 0.36 / 0.68, 0.8 * 0.5 / 0.68, 0.5 * 0.36 / 0.68
     np.testing.assert_allclose(mean, column(k * 3 + m * 2, 2), rtol=1e-6)  # at t = 1 it is x_0 itself
     np.testing.assert_allclose(variance, [w, 0], rtol=1e-6)
-
-
-def test_posterior_is_bayes_rule_on_a_grid():
-    """p(x_1 | x_2, x_0) from the product of the two forward densities, normalized numerically."""
-    x_0, x_2 = 1.5, -0.7
-    x_1 = np.linspace(-8, 8, 200_001)
-    density = np.exp(-((x_1 - 0.8 * x_0) ** 2) / 2 / 0.36 - (x_2 - 0.5**0.5 * x_1) ** 2 / 2 / 0.5)
-    density /= density.sum()
-    expected_mean = (density * x_1).sum()
-    mean, variance = dj.posterior(TWO_STEPS, column(x_0), column(x_2), jnp.array([2]))
-    assert float(mean[0, 0]) == pytest.approx(expected_mean, rel=1e-5)
-    assert float(variance[0]) == pytest.approx((density * (x_1 - expected_mean) ** 2).sum(), rel=1e-5)
 
 
 def test_clip_bounds_x_0_hat_only(variant):

@@ -18,7 +18,7 @@ from mixture import draw_mixture
 from support import loop
 from support.processes import join_processes
 
-SCRIPTS = sorted(file.name for file in EXPERIMENTS.glob("*.py") if "__main__" in file.read_text() and file.stem != "terminal")
+SCRIPTS = sorted(file.name for file in EXPERIMENTS.glob("*.py") if "__main__" in file.read_text())
 
 OTHER_RANDOM_NUMBERS = {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0", "JAX_RANDOM_SEED_OFFSET": "7"}
 
@@ -61,14 +61,13 @@ def test_a_run_goes_on_without_a_place_for_its_messages(tmp_path):
 
 
 def test_a_signal_is_noted_where_nobody_can_be_told(monkeypatch):
-    monkeypatch.setattr(loop.os, "write", lambda *_: raise_no_space())
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop.os, "write", write)
     with loop.stop_requests() as requests:
         signal.raise_signal(signal.SIGTERM)
         assert requests == [signal.SIGTERM]
-
-
-def raise_no_space() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.slow

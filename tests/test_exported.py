@@ -82,7 +82,7 @@ def test_a_file_and_its_run_draw_the_same_samples(tmp_path, params):
     write_model(file, CONFIG, params, 7, np.float32)
     run = open_run(str(file))
     table, labels = solver_table("ddim", run.schedule, 2), np.arange(3)
-    mine = run.draw(run.restore("newest").ema_params, table, jax.random.key(0), labels)
+    mine = run.draw(params, table, jax.random.key(0), labels)  # which are those of the file, as tested above
     direct = model.make_sampler(CONFIG, run.schedule)(params, table, jax.random.key(0), labels)
     np.testing.assert_array_equal(mine, direct)
 
@@ -98,36 +98,25 @@ def test_a_run_may_start_from_a_file(tmp_path, params):
     assert not shared & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.ema_params)}  # both are donated
 
 
-def test_a_run_does_not_start_from_a_network_with_another_target(tmp_path, params):
-    file = tmp_path / "net.safetensors"
-    write_model(file, CONFIG, params, 7, np.float32)
-    config = dataclasses.replace(CONFIG, target_type="pred_v")
-    with pytest.raises(
-        ValueError, match=r"--init must be a network with this run's target_type pred_v, not pred_x_0, got .*net.safetensors"
-    ):
-        started_from(str(file), config, model.initial_state(config, jax.random.key(0)))
+MEAN_FLOW = {"loss_type": "mean_flow", "noise_schedule_type": "flow", "target_type": "pred_u"}
 
 
 @pytest.mark.parametrize(
     ("theirs", "own", "wanted"),
     [
-        (
-            {"loss_type": "mean_flow", "noise_schedule_type": "flow", "target_type": "pred_u"},
-            {},
-            "a run that is not itself distilled",
-        ),
+        (MEAN_FLOW, {}, "a run that is not itself distilled"),
         ({"dataset": "fashion_mnist"}, {}, "a network with this run's dataset auto, not fashion_mnist"),
         ({}, {"embed_dim": 8}, "a network with this run's embed_dim 8, not 4"),
+        ({}, {"target_type": "pred_v", "loss_type": "l2"}, "a network with this run's target_type pred_v, not pred_x_0"),
     ],
-    ids=["few calls", "other data", "another size"],
+    ids=["few calls", "other data", "another size", "another target"],
 )
-def test_a_run_is_distilled_from_its_like_only(tmp_path, theirs, own, wanted):
-    config = dataclasses.replace(CONFIG, **theirs)
-    write_model(tmp_path / "net.safetensors", config, model.initial_state(config, jax.random.key(0)).params, 7, np.float32)
-    student = dataclasses.replace(config, **own, loss_type="distilled", init="x")
-    student = dataclasses.replace(student, dataset="auto")
-    with pytest.raises(ValueError, match=f"--init must be {wanted}"):
-        started_from(str(tmp_path / "net.safetensors"), student, model.initial_state(student, jax.random.key(0)))
+def test_a_run_starts_from_its_like_only(tmp_path, theirs, own, wanted):
+    file, config = tmp_path / "net.safetensors", dataclasses.replace(CONFIG, **theirs)
+    write_model(file, config, {}, 7, np.float32)  # refused before the parameters are read
+    student = dataclasses.replace(config, **{"dataset": "auto", "loss_type": "distilled", "init": "x", **own})
+    with pytest.raises(ValueError, match=f"--init must be {wanted}.*, got .*net.safetensors"):
+        started_from(str(file), student, None)
 
 
 def test_options_that_are_newer_than_the_file_have_the_value_that_describes_it(tmp_path, params):

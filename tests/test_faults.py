@@ -16,7 +16,7 @@ import chex
 import numpy as np
 import pytest
 import tensorstore
-from runs import EXPERIMENTS, TINY, assert_same_run, final_state, finish, run, start, wait_for
+from runs import EXPERIMENTS, TINY, assert_same_run, final_state, finish, kill_and_repeat, run, start, wait_for
 
 from support.loop import keep_failed_saves_quiet, stop_requests
 
@@ -24,23 +24,17 @@ LONG = [*TINY, "--iterations", "400", "--checkpoint-every", "5", "--sample-every
 
 
 def test_killed_and_repeated_is_never_killed(trained, tmp_path):
-    process = start("mnist.py", *TINY, "--workdir", tmp_path / "killed")
-    wait_for(process, lambda: list(tmp_path.glob("killed/checkpoints/[24]")))
-    finish_killed(process)
-    run("mnist.py", *TINY, "--workdir", tmp_path / "killed")
+    kill_and_repeat(tmp_path / "killed", *TINY)
     assert_same_run(tmp_path / "killed", trained)
 
 
 @pytest.mark.slow
 def test_the_published_network_goes_on_and_is_shared_by_devices_as_the_small_one(tmp_path):
-    unet = [*TINY, "--network", "unet", "--dim-scales", "1", "2", "--workdir"]
-    run("mnist.py", *unet, tmp_path / "whole")
-    process = start("mnist.py", *unet, tmp_path / "killed")
-    wait_for(process, lambda: list(tmp_path.glob("killed/checkpoints/[24]")))
-    finish_killed(process)
-    run("mnist.py", *unet, tmp_path / "killed")
+    unet = [*TINY, "--network", "unet", "--dim-scales", "1", "2"]
+    run("mnist.py", *unet, "--workdir", tmp_path / "whole")
+    kill_and_repeat(tmp_path / "killed", *unet)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
-    run("mnist.py", *unet, tmp_path / "shared", devices=4)
+    run("mnist.py", *unet, "--workdir", tmp_path / "shared", devices=4)
     assert_close(tmp_path / "shared", tmp_path / "whole")
 
 

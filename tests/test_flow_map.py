@@ -86,7 +86,7 @@ def test_guidance_mixes_in_the_velocity_without_the_class():
     np.testing.assert_allclose(velocity(jnp.zeros((1, 1)), jnp.array([2.0]), jnp.array([[2.0]])), [[3 * 2 - 2 * 22]])
 
 
-@pytest.mark.parametrize("calls", [1, 2, 5, 8])
+@pytest.mark.parametrize("calls", [1, 5])
 def test_any_number_of_calls_takes_noise_exactly_to_the_data(calls, variant, keys):
     table = dj.padded(dj.ddim_table(FLOW, 0.0, calls), 8)
     draw = variant(lambda table: dj.sample(dj.make_denoiser(FLOW, dj.jumping(exact, table), "pred_u"), table, keys, (3,)))
@@ -123,8 +123,8 @@ def test_the_loss_has_the_gradient_of_its_prediction_alone():
     np.testing.assert_allclose(jax.grad(loss)(0.7, None), jax.grad(loss)(0.7, target), rtol=1e-5)
 
 
-@pytest.mark.parametrize("power", [0.5, 1.0])
-def test_the_weight_is_of_the_gradient_and_not_of_the_value(power):
+def test_the_weight_is_of_the_gradient_and_not_of_the_value():
+    power = 0.5
     x_0, eps, t = jnp.array([[1.0, -2.0], [0.1, 0.2]]), jnp.array([[0.5, 1.5], [0.3, 0.1]]), jnp.array([6.0, 3.0])
 
     def each(w, power):

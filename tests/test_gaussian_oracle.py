@@ -22,8 +22,6 @@ SAMPLERS = {
     **{f"dpm solver {eta}": partial(dj.dpm_solver_table, eta=eta) for eta in (0.0, 1.0)},
 }
 EVERY_SAMPLER = pytest.mark.parametrize("name", SAMPLERS)
-EVERY_LENGTH = pytest.mark.parametrize("S", [3, 10, 50, 500])
-EVERY_SCHEDULE = pytest.mark.parametrize("schedule", ["linear", "cosine"])
 
 
 def table_and_schedule(name: str, schedule: str, S: int) -> tuple[dj.SamplerTable, dj.NoiseSchedule]:
@@ -107,8 +105,8 @@ def moments_by_hand(name: str, schedule: str, S: int) -> tuple[np.ndarray, np.nd
 
 
 @EVERY_SAMPLER
-@EVERY_LENGTH
-@EVERY_SCHEDULE
+@pytest.mark.parametrize("S", [3, 10, 50, 500])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_tables_give_the_moments_derived_by_hand(name, schedule, S):
     mean, covariance = moments_by_table(*table_and_schedule(name, schedule, S))
     by_hand = moments_by_hand(name, schedule, S)
@@ -128,24 +126,9 @@ def test_one_coefficient_off_by_two_percent_is_seen(name, row):
         assert moved > TOLERANCE or not np.any(getattr(table, column)[row])
 
 
-@EVERY_SCHEDULE
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "zero" and "dpm" not in name])
-def test_all_the_steps_recover_the_data(name, schedule):
-    """The error of a sampler that is right falls as 1 / S, so at S = T = 500 it is small (DPM-Solver++'s falls faster)."""
-    covariances = [moments_by_table(*table_and_schedule(name, schedule, S))[1] for S in (50, 500)]
-    errors = [np.abs(covariance - SIGMA).max() for covariance in covariances]
-    assert errors[1] < 0.02
-    assert 5 < errors[0] / errors[1] < 20
-
-
-@EVERY_SCHEDULE
-def test_the_posterior_mean_without_noise_is_no_sampler(schedule):
-    assert np.abs(moments_by_table(*table_and_schedule("zero", schedule, 500))[1] - SIGMA).max() > 0.3
-
-
 @pytest.fixture(scope="module")
 def draw():
-    """The real `sample` with the best denoiser, 8 keys of 4000 points each; compiled once for each length of table."""
+    """The real `sample` with the best denoiser, 8 keys of 4000 points each; compiled once."""
     schedule = dj.cosine_schedule(T)
     best = [linear_denoiser(schedule.signal[t], schedule.noise[t]) for t in range(1, T + 1)]
     G, g = (jnp.asarray(np.stack(part), jnp.float32) for part in zip(*best, strict=True))
@@ -159,10 +142,10 @@ def draw():
 
 
 @EVERY_SAMPLER
-@EVERY_LENGTH
+@pytest.mark.parametrize("S", [3, 50])
 def test_the_real_sampler_agrees_within_its_standard_error(draw, name, S):
     table, _ = table_and_schedule(name, "cosine", S)
-    x = np.asarray(draw(table, jax.random.split(jax.random.key(S), 8)), np.float64).reshape(-1, 2)
+    x = np.asarray(draw(dj.padded(table, 50), jax.random.split(jax.random.key(S), 8)), np.float64).reshape(-1, 2)
     mean, covariance = moments_by_hand(name, "cosine", S)
     n, deviation = len(x), np.sqrt(np.diag(covariance))
     np.testing.assert_array_less(np.abs(x.mean(0) - mean), 4.5 * deviation / n**0.5)

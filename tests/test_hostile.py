@@ -2,7 +2,7 @@
 wrong, or the right result."""
 
 import json
-import sys
+import warnings
 
 import chex
 import hypothesis
@@ -13,6 +13,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from runs import TINY
+from test_command_line import fails
 
 import diffusion_jax as dj
 from diffusion_jax.sampling import strided_timesteps
@@ -75,31 +76,21 @@ WRONG = {
     "one key instead of one for each": (lambda: dj.sample(same, dj.ddim_table(SCHEDULE), KEYS[0], (2,)), r"rank|0-d|scalar"),
     "a clip that is not positive": (lambda: dj.make_denoiser(SCHEDULE, same, clip=-1.0), r"clip must be positive .* got -1"),
     "a clip that is no number": (lambda: dj.make_denoiser(SCHEDULE, same, clip=np.nan), r"clip must be positive .* got nan"),
-    "an unknown target": (lambda: dj.make_denoiser(SCHEDULE, same, "pred_noise"), r"target_type must be one of .*'pred_noise'"),
-    "an unknown loss": (lambda: dj.diffusion_loss(SCHEDULE, same, X, KEYS, loss_type="huber"), r"loss_type .*'huber'"),
     "an unknown variance": (lambda: dj.ancestral_table(SCHEDULE, "tiny"), r"sigma_type must be one of .*'tiny'"),
-    "no steps": (lambda: dj.linear_schedule(0), r"num_timesteps must be a whole number of at least 1, got 0"),
     "half a step": (lambda: dj.cosine_schedule(10.5), r"num_timesteps must be a whole number of at least 1, got 10.5"),
     "no number of steps": (lambda: dj.cosine_schedule(np.nan), r"num_timesteps must be a whole number .* got nan"),
     "a beta that is no number": (lambda: dj.schedule_from_beta([0.1, np.nan]), r"strictly between 0 and 1, got nan"),
-    "a beta of 1": (lambda: dj.schedule_from_beta([0.1, 1.0]), r"strictly between 0 and 1, got 1.0"),
-    "a table of betas": (lambda: dj.schedule_from_beta([[0.1]]), r"beta must be a vector"),
     "no betas": (lambda: dj.schedule_from_beta([]), r"beta must be a vector of at least one"),
+    "a table of betas": (lambda: dj.schedule_from_beta([[0.1]]), r"beta must be a vector"),
     "no sampling steps": (lambda: dj.ddim_table(SCHEDULE, sampling_timesteps=0), r"between 1 and num_timesteps = 10, got 0"),
     "too many of them": (lambda: dj.dpm_solver_table(SCHEDULE, 0.0, 11), r"between 1 and num_timesteps = 10, got 11"),
     "half of one": (lambda: strided_timesteps(10, 2.5), r"between 1 and num_timesteps = 10, got 2.5"),
-    "an eta that is no number": (lambda: dj.ddim_table(SCHEDULE, np.nan), r"eta must be between 0 and 1, got nan"),
     "a table cut short": (lambda: dj.padded(dj.ddim_table(SCHEDULE), 3), r"num_steps must be at least the table's 10"),
     "no devices": (lambda: dj.over_devices(same, (0, 0), 0, []), r"at least one device"),
     "no examples": (lambda: batches.batch_indices(0, 0, 4, 0), r"at least 1 example to choose from, got 0"),
     "a step before the first": (lambda: batches.batch_indices(0, -1, 4, 10), r"non-negative|negative"),
     "images that are scaled already": (lambda: data.to_model_input(jnp.zeros((1, 28, 28, 1))), r"uint8, .* got float32"),
-    "an unknown data set": (lambda: data.load_dataset("cifar10"), r"must be one of .*'cifar10'"),
     "no optimizer steps": (lambda: dj.adam_with_cosine_decay(1e-3, 0), r"positive"),
-    "an image that cannot be halved": (
-        lambda: dj.UNet(1, 4, (1, 1, 1)).init(KEYS[0], jnp.zeros((1, 6, 6, 1)), T[:1]),
-        r"multiples of 4, got 6x6",
-    ),
     "a patch without pixels": (
         lambda: dj.UNet(1, 4, (1,), patch_size=0).init(KEYS[0], jnp.zeros((1, 4, 4, 1)), T[:1]),
         r"patch_size must be at least 1, got 0",
@@ -135,22 +126,15 @@ def test_data_that_is_no_number_is_seen_in_the_loss():
     assert list(np.isnan(loss).all(axis=1)) == [False, True, False, False]
 
 
-@pytest.mark.parametrize("make", [dj.linear_schedule, dj.cosine_schedule])
-def test_one_timestep_is_enough(make):
-    schedule = make(1)
-    tables = [
-        dj.ancestral_table(schedule),
-        dj.ddim_table(schedule),
-        dj.ddim_table(schedule, 1.0),
-        dj.dpm_solver_table(schedule),
-    ]
-    for table in tables:
+def test_one_timestep_is_enough():
+    schedule = dj.cosine_schedule(1)
+    for table in (dj.ancestral_table(schedule), dj.ddim_table(schedule, 1.0), dj.dpm_solver_table(schedule)):
         x = dj.sample(lambda x_t, t: jnp.full_like(x_t, 3.0), table, KEYS, (2,))
         np.testing.assert_allclose(x, 3.0, rtol=1e-6)
     assert np.isfinite(dj.diffusion_loss(schedule, same, X, KEYS)).all()
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 1), (1,) * 6])
+@pytest.mark.parametrize("shape", [(), (3, 0, 1)])
 def test_data_of_any_shape_and_empty_batches(shape):
     for keys in (KEYS, KEYS[:0]):
         x = jnp.ones((len(keys), *shape))
@@ -168,56 +152,39 @@ def test_numpy_arrays_and_legacy_keys_are_as_good():
     chex.assert_trees_all_close(dj.sample(same, table, legacy, (2,)), dj.sample(same, table, KEYS, (2,)))
 
 
+def test_float64_data_from_numpy_is_silent_without_64_bits():
+    x, t, half = np.ones((4, 2)), np.arange(4) + 1, lambda x_t, t: 0.5 * x_t
+    denoise = dj.make_denoiser(SCHEDULE, half)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = dj.diffusion_loss(SCHEDULE, half, x, KEYS), dj.q_sample(SCHEDULE, x, t, x), dj.posterior(SCHEDULE, x, x, t)[0]
+        results += dj.bound_bits(SCHEDULE, denoise, x, t, x), dj.sample(denoise, dj.ddim_table(SCHEDULE), KEYS, (2,))
+    assert {str(value.dtype) for value in results} == {"float32"}
+
+
 FLAGS = [
     "batch-size", "iterations", "embed-dim", "dim-scales", "num-timesteps", "sampling-timesteps", "learning-rate", "ema-decay",
     "seed", "target-type", "precision", "num-samples", "checkpoint-every", "sample-every", "dataset", "preset", "nonsense",
 ]  # fmt: skip
 VALUES = [
-    "0",
-    "1",
-    "-1",
-    "3",
-    "4",
-    "6",
-    "1e9",
-    "1e400",
-    "nan",
-    "",
-    " ",
-    "True",
-    "None",
-    "ä",
-    "--",
-    "-",
-    "[1]",
-    "0x10",
-    "9" * 30,
-]
-VALUES += ["1 2", "pred_v", "bfloat16", "digits", "small", "../x", "'", "\0"]
+    "0", "1", "-1", "3", "4", "6", "1e9", "1e400", "nan", "", " ", "True", "None", "ä", "--", "-", "[1]", "0x10", "9" * 30,
+    "1 2", "pred_v", "bfloat16", "digits", "small", "../x", "'", "\0",
+]  # fmt: skip
+IMAGES = data.ImageData("digits", np.zeros((4, 28, 28, 1), np.uint8), np.zeros(4, np.int32))
 
 
 def main(monkeypatch, capsys, script, *args) -> str:
-    """Run the script's set-up up to the reading of data; its one line on stderr is returned."""
-
-    def stop_here(*_):
-        raise data.DataUnavailable("well-formed")
+    """Run the script's set-up up to its first state, with IMAGES for MNIST; its one line on stderr is returned."""
 
     def load(name, *args):
-        return stop_here() if name in ("auto", "digits") else data.load_dataset(name, *args)
+        return IMAGES if name in ("auto", "digits") else data.load_dataset(name, *args)
 
-    module = __import__(script)
-    monkeypatch.setattr(module, "load_dataset", load, raising=False)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
-    for caller in (module, image_run):
-        monkeypatch.setattr(caller, "prepare_machine", lambda: None, raising=caller is image_run)
+    def stop_here(*_):
+        raise OSError("well-formed")
+
+    monkeypatch.setattr(image_run, "load_dataset", load)
     monkeypatch.setattr(model, "initial_state", stop_here)
-    with pytest.raises(SystemExit) as stop:
-        module.main()
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
-    assert stop.value.code == 2, lines
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    return fails(capsys, monkeypatch, script, *args)
 
 
 options = st.lists(st.tuples(st.sampled_from(FLAGS), st.sampled_from(VALUES)), max_size=3, unique_by=lambda pair: pair[0])
@@ -239,17 +206,12 @@ CONFIGS = {
     "an unknown field": lambda config: {**config, "colour": "red"},
     "a missing field": lambda config: {name: value for name, value in config.items() if name != "seed"},
     "a word for a number": lambda config: {**config, "embed_dim": "many"},
-    "nothing for a number": lambda config: {**config, "iterations": None},
-    "a number for a list": lambda config: {**config, "dim_scales": 3},
     "a list of words": lambda config: {**config, "dim_scales": ["a", "b"]},
     "an unknown choice": lambda config: {**config, "noise_schedule_type": "sigmoid"},
     "a value out of range": lambda config: {**config, "num_timesteps": 0},
     "images of no size": lambda config: {**config, "image_size": 0},
     "images of no colour": lambda config: {**config, "channels": 0},
-    "half a class": lambda config: {**config, "num_classes": 1.5},
     "a list": lambda config: [config],
-    "a number": lambda config: 3,
-    "a nest": lambda config: {**config, "seed": {"a": [1]}},
 }
 
 
@@ -265,7 +227,7 @@ def test_a_run_of_another_kind_is_refused(monkeypatch, capsys, trained, tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "\0", "null", "{}", '{"a": NaN}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["{", "[" * 100_000])
 def test_a_config_that_is_no_json_is_refused(monkeypatch, capsys, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     assert str(tmp_path) in main(monkeypatch, capsys, "sample", "--workdir", tmp_path, "--out", tmp_path / "x.png")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from runs import EXPERIMENTS, TINY, assert_same_run, best_step, final_state, finish, run, start, wait_for
+from runs import EXPERIMENTS, TINY, assert_same_run, best_step, final_state, finish, kill_and_repeat, run, start
 
 from support.data import load_dataset
 from support.exported import write_model
@@ -128,12 +128,7 @@ def test_images_that_stay_in_their_file_give_the_bits_of_those_in_memory(mapped,
 
 
 def test_images_in_a_file_are_shuffled_alike_after_a_kill(mapped, tmp_path):
-    args = [*SMALL, "--dataset", mapped / "images.npy", "--workdir", tmp_path / "killed"]
-    process = start("mnist.py", *args)
-    wait_for(process, lambda: list(tmp_path.glob("killed/checkpoints/[24]")))
-    process.kill()
-    finish(process, status=-9)
-    run("mnist.py", *args)
+    kill_and_repeat(tmp_path / "killed", *SMALL, "--dataset", mapped / "images.npy")
     assert_same_run(tmp_path / "killed", mapped / "whole")
 
 

@@ -60,6 +60,7 @@ def test_a_finished_run_without_its_metrics_draws_what_it_can(trained, tmp_path,
         (workdir / "metrics.csv").unlink()
     said = run("mnist.py", *TINY, "--workdir", workdir)
     assert f"warning: {workdir / 'metrics.csv'} lacks rows of steps up to 8" in said
+    assert "resuming" in said
     assert "wrote figure.png" in said
     assert "training.png" not in said
     assert (workdir / "figure.png").exists()
