@@ -26,10 +26,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SUITES = {  # the quickest to notice first
-    "schedules": "schedules peers paths properties reference sampling",
-    "diffusion": "diffusion reference loss_oracle properties sampling likelihood paths",
-    "losses": "diffusion loss_oracle reference paths likelihood",
-    "sampling": "sampling reference peers properties gaussian_oracle editing paths",
+    "schedules": "schedules peers paths properties reference sampling hostile",
+    "diffusion": "diffusion reference loss_oracle properties sampling likelihood paths hostile",
+    "losses": "diffusion loss_oracle reference paths likelihood hostile",
+    "sampling": "sampling reference peers properties gaussian_oracle editing paths hostile",
     "solvers": "peers sampling paths",
     "likelihood": "likelihood flow_likelihood",
     "editing": "editing",
