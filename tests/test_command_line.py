@@ -41,7 +41,7 @@ BAD_MNIST = {
     "--sigma-type tiny": ("tiny", "upper_bound", "lower_bound", "zero"),
     "--noise-schedule-type sigmoid": ("sigmoid", "linear", "cosine"),
     "--loss-type huber": ("huber", "l1", "l2"),
-    "--dataset cifar10": ("cifar10", "mnist", "fashion_mnist", "digits"),
+    "--dataset no_such_data": ("no_such_data", "mnist", "fashion_mnist", "digits"),
     "--preset large": ("large", "paper", "small"),
     "--precision float8": ("float8", "float32", "bfloat16"),
     "--batch-size many": ("batch-size", "many"),

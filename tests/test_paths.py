@@ -207,8 +207,8 @@ def test_min_snr_weighs_an_error_of_x_0(path, target_type):
 
 def test_min_snr_at_both_ends():
     """At t = 0 the target x_0 has no error to weigh, and without signal the target eps knows nothing of x_0."""
-    assert dj.min_snr_weight(PATHS["flow"], "pred_x_0", cap=7.0)[0] == 7
-    assert dj.min_snr_weight(PATHS["flow"], "pred_eps", cap=7.0)[-1] == 1
+    assert dj.min_snr_weight(PATHS["flow"], "pred_x_0", cap=0.7)[0] == 0.7
+    assert dj.min_snr_weight(PATHS["flow"], "pred_eps", cap=0.7)[-1] == 1
 
 
 def test_times_that_are_one_in_float32_are_refused():
