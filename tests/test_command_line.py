@@ -52,7 +52,7 @@ BAD_MNIST = {
     "--num-timesteps 0": ("--num-timesteps", "at least 1", "got 0"),
     "--sampling-timesteps 501": ("--sampling-timesteps", "between 1 and num_timesteps = 500", "got 501"),
     "--sampling_timesteps 0": ("--sampling-timesteps", "between 1 and num_timesteps = 500", "got 0"),
-    "--loss-type mean_flow --noise-schedule-type flow --target-type pred_u --sampling-timesteps 0": ("between 1 and", "got 0"),
+    "--loss-type distilled --init x --sampling-timesteps 0": ("--sampling-timesteps", "between 1 and num_timesteps", "got 0"),
     "--dim-scales 1 2 4 8 8 8 8": ("multiples of 128", "got 32x32"),
     "--dim-scales 1 0": ("--dim-scales", "at least 1", "(1, 0)"),
     "--embed-dim 5": ("--embed-dim", "even", "got 5"),

@@ -21,6 +21,7 @@ from tensorboardX.proto.event_pb2 import Event
 from support import model
 from support.config import Config
 from support.data import load_dataset
+from support.saved_run import open_run
 
 
 def test_mnist_leaves_a_whole_run(trained):
@@ -78,7 +79,9 @@ def test_a_network_goes_to_a_file_and_into_another_run(trained, tmp_path):
     command = ["mnist.py", *TINY, "--init", file, "--learning-rate", "1e-12", "--workdir", tuned]
     run(*command)
     file.unlink()
+    before = (tuned / "metrics.csv").read_bytes()
     assert "resuming" in run(*command)
+    assert (tuned / "metrics.csv").read_bytes() == before
     run("sample.py", "--workdir", tuned, "--num-samples", "3", "--out", tmp_path / "2.npy")
     np.testing.assert_allclose(np.load(tmp_path / "2.npy"), np.load(tmp_path / "1.npy"), atol=1e-4)
 
@@ -147,6 +150,7 @@ def test_a_sampler_of_the_best_checkpoint_takes_that(trained, tmp_path):
     (tmp_path / "run" / "checkpoints" / "8" / "metrics" / "metrics").write_text('{"loss": 9.0}')  # so that 6 is the best
     args = ["--checkpoint", "best", "--num-samples", "2", "--out", tmp_path / "x.npy"]
     assert "at step 6 of 8" in run("sample.py", "--workdir", tmp_path / "run", *args)
+    assert int(open_run(str(tmp_path / "run")).restore("newest").step) == 8
 
 
 @pytest.mark.slow

@@ -77,16 +77,6 @@ def test_bfloat16_keeps_the_upper_half_of_each_number(tmp_path, params):
     equal(read_params(file, params)[0], jax.tree.map(lambda x: x.view(np.float32), upper))
 
 
-def test_a_file_and_its_run_draw_the_same_samples(tmp_path, params):
-    file = tmp_path / "net.safetensors"
-    write_model(file, CONFIG, params, 7, np.float32)
-    run = open_run(str(file))
-    table, labels = solver_table("ddim", run.schedule, 2), np.arange(3)
-    mine = run.draw(params, table, jax.random.key(0), labels)  # which are those of the file, as tested above
-    direct = model.make_sampler(CONFIG, run.schedule)(params, table, jax.random.key(0), labels)
-    np.testing.assert_array_equal(mine, direct)
-
-
 def test_a_run_may_start_from_a_file(tmp_path, params):
     file = tmp_path / "net.safetensors"
     write_model(file, CONFIG, params, 7, np.float32)

@@ -40,10 +40,10 @@ def best_denoiser(schedule: dj.NoiseSchedule):
     return denoise
 
 
-def distribution(x: np.ndarray, a: float = 1.0, s: float = 0.0) -> np.ndarray:
-    """P(x_t <= x) for x_t = a x_0 + s eps; by default of the data."""
+def distribution(x: np.ndarray) -> np.ndarray:
+    """P(x_0 <= x) of the data."""
     parts = zip(WEIGHTS, MEANS, VARIANCES, strict=True)
-    return sum(weight * scipy.stats.norm.cdf(x, a * mean, (a**2 * var + s**2) ** 0.5) for weight, mean, var in parts)
+    return sum(weight * scipy.stats.norm.cdf(x, mean, var**0.5) for weight, mean, var in parts)
 
 
 def chi_square(x: np.ndarray) -> float:

@@ -104,9 +104,10 @@ def test_classes_are_asked_for_only_where_there_are_some(coloured, photos, tmp_p
 
 
 def test_held_out_images_are_edited_in_colour(coloured, tmp_path):
-    run("edit.py", "--workdir", coloured, "--num-images", "2", "--out", tmp_path / "edit.png")
+    args = ["--what", "interpolate", "--num-images", "2", "--out", tmp_path / "edit.png"]
+    run("edit.py", "--workdir", coloured, *args)
     picture = Image.open(tmp_path / "edit.png")
-    assert (picture.size, picture.mode) == ((24 * 6, 48), "RGB")
+    assert (picture.size, picture.mode) == ((24 * 11, 48), "RGB")
 
 
 @pytest.fixture(scope="module")

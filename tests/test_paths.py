@@ -205,8 +205,9 @@ def test_min_snr_weighs_an_error_of_x_0(path, target_type):
     np.testing.assert_allclose(loss, np.minimum((signal / noise) ** 2, 5) * 0.01, rtol=1e-6)
 
 
-def test_min_snr_at_both_ends():
+def test_min_snr_at_another_cap_and_at_both_ends():
     """At t = 0 the target x_0 has no error to weigh, and without signal the target eps knows nothing of x_0."""
+    assert dj.min_snr_weight(PATHS["flow"], "pred_u", cap=0.7)[500] == pytest.approx(0.7 / 4)  # half signal, half noise
     assert dj.min_snr_weight(PATHS["flow"], "pred_x_0", cap=0.7)[0] == 0.7
     assert dj.min_snr_weight(PATHS["flow"], "pred_eps", cap=0.7)[-1] == 1
 
