@@ -16,6 +16,7 @@ import chex
 import numpy as np
 import pytest
 import tensorstore
+from orbax.checkpoint._src.metadata.checkpoint import metadata_store
 from runs import EXPERIMENTS, TINY, assert_same_run, final_state, finish, kill_and_repeat, run, start, wait_for
 
 from support.loop import keep_failed_saves_quiet, stop_requests
@@ -164,6 +165,15 @@ def test_a_write_that_ends_after_its_save_has_failed_says_nothing(monkeypatch):
     for other in others:
         sys.unraisablehook(other)
     assert said == others
+
+
+def test_a_failed_write_of_orbaxs_metadata_is_raised_and_not_logged(caplog, tmp_path):
+    keep_failed_saves_quiet()
+    store = metadata_store(enable_write=True, blocking_write=False)
+    store.write(tmp_path / "metadata", object())  # which JSON cannot hold
+    with pytest.raises(TypeError):
+        store.wait_until_finished()
+    assert not caplog.records
 
 
 def test_what_orbax_and_tfds_log_is_silent_only_where_it_is_told_otherwise(tmp_path):

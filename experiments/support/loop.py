@@ -24,6 +24,8 @@ SAID_ELSEWHERE = (
     "_SignalingThread.run() raised an exception",
     "Commit operations or the Commit callback in background save thread",
     "Save Finalize thread",
+    "Failed to write metadata=",
+    "Failed to update metadata=",
     "Requested `tracked_metric`; did not provide metrics",  # as intended: a save after a signal may have no loss
 )
 
