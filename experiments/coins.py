@@ -1,4 +1,4 @@
-"""Diffuse 48 coins, of which exactly 36 show heads. Half a minute on a CPU.
+"""Diffuse 48 coins, of which exactly 36 show heads. Takes half a minute on a CPU.
 
 python experiments/coins.py
 """

@@ -54,7 +54,7 @@ def training_step(loss_fn: Callable, key: Key[Array, ""], batch_size: int, ema_d
 
 
 def uniform(keys: Key[Array, " B"], number: int) -> Float[Array, " B"]:
-    """A number on [0, 1) from each key, with another result for each `number`."""
+    """A uniform number in [0, 1) for each key. Each `number` gives an independent one."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (), jnp.float32))(keys)
 
 

@@ -120,7 +120,7 @@ def save_bound_figure(file: Path, bits: np.ndarray) -> None:
     """The terms of the variational bound, in bits per dimension: L_0 to L_{T-1}, and L_T in the title with the sum."""
     figure, axis = plt.subplots(figsize=(6, 3.2))
     axis.loglog(np.arange(1, len(bits)), np.maximum(bits[:-1], 1e-7), ".", markersize=3)
-    title = f"terms of the bound: {bits.sum():.3f} in all, of which L_0 {bits[0]:.3f} and L_T {bits[-1]:.1e}"
+    title = f"terms of the bound: total {bits.sum():.3f}, L_0 {bits[0]:.3f}, L_T {bits[-1]:.1e}"
     axis.set(title=title, xlabel="t", ylabel="bits per dimension")
     axis.grid(alpha=0.3)
     _save(figure, file)

@@ -36,7 +36,6 @@ ADDED = {
     "num_classes": 10,
     "images": None,
 }
-OURS = ("config.json.new", "lock")  # in a folder whose config.json is not yet there
 HIDDEN = {
     "__macosx",
     "$recycle.bin",
@@ -59,7 +58,7 @@ def open_workdir(config: Any, may_differ: Collection[str], **more: str | int | N
     workdir, wanted = Path(config.workdir), json.loads(json.dumps(dataclasses.asdict(config) | more))
     if (workdir / "config.json").exists():
         _check_same_run(workdir, wanted, may_differ, more)
-    elif workdir.exists() and not (workdir.is_dir() and all(name in OURS or is_hidden(name) for name in os.listdir(workdir))):
+    elif workdir.exists() and not (workdir.is_dir() and all(map(_may_be_in_new_workdir, os.listdir(workdir)))):
         raise ValueError(f"--workdir must be a new or empty folder or one that holds a run, got {workdir}")
     workdir.mkdir(parents=True, exist_ok=True)
     _lock(workdir)
@@ -74,6 +73,10 @@ def open_workdir(config: Any, may_differ: Collection[str], **more: str | int | N
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name was put there by the system or a program, and not by a person."""
     return name.startswith(".") or name.lower() in HIDDEN
+
+
+def _may_be_in_new_workdir(name: str) -> bool:
+    return name in ("config.json.new", "lock") or is_hidden(name)
 
 
 def _check_same_run(workdir: Path, wanted: dict[str, Any], may_differ: Collection[str], more: Collection[str]) -> None:
